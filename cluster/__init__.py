@@ -1,0 +1,1 @@
+"""All that runs outside a training process: submission to a batch system."""

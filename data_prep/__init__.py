@@ -1,0 +1,1 @@
+"""Particles in, Zarr shards out. No torch here."""

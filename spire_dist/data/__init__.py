@@ -1,0 +1,1 @@
+"""Particles out of the store, in a reproducible order."""

@@ -1,0 +1,1 @@
+"""What keeps a run alive over stops: checkpoints and the stop flag."""

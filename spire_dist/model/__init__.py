@@ -1,0 +1,1 @@
+"""Gaussians, their deformation by a latent, parts, and the image they make."""

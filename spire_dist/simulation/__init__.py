@@ -1,0 +1,1 @@
+"""Particle sets with known truth, made as the benchmark makes them."""

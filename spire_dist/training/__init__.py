@@ -1,0 +1,1 @@
+"""The run: consensus, the two stages, metrics."""
