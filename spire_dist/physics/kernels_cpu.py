@@ -141,3 +141,37 @@ def rasterise(centres, weights, widths, cut, volume):  # pragma: no cover - comp
                 row = weights[n] * np.float32(math.exp(-(dy * dy + dz * dz) * inverse))
                 for x in range(x0, x1 + 1):
                     volume[z, y, x] += row * profile_x[x - x0]
+
+
+@njit(cache=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
+def insert_sections(transforms, weights, rotations, padding, numerator, weight):  # pragma: no cover - compiled
+    """Spread central sections [B, D, D // 2 + 1] (real-to-complex layout) and their weights over a padded Fourier grid.
+
+    A frequency k of the image lies at R^T k of the map (`r_image = R r_volume`). numerator and weight [M, M, M] have
+    their zero frequency at M // 2; only one half of Fourier space is filled. Frequencies beyond D // 2 - 1 are left
+    out. One thread, as neighbouring sections meet near the origin.
+    """
+    box = transforms.shape[1]
+    middle = numerator.shape[0] // 2
+    limit = (box // 2 - 1) ** 2
+    for b in range(transforms.shape[0]):
+        for row in range(box):
+            ky = row if row < (box + 1) // 2 else row - box
+            for kx in range(transforms.shape[2]):
+                if kx * kx + ky * ky > limit or (kx == 0 and ky < 0):
+                    continue
+                value, share = transforms[b, row, kx], weights[b, row, kx]
+                if kx == 0 and ky == 0:  # its mirror image is itself and would count twice
+                    value, share = value * np.float32(0.5), share * np.float32(0.5)
+                x = middle + padding * (rotations[b, 0, 0] * kx + rotations[b, 1, 0] * ky)
+                y = middle + padding * (rotations[b, 0, 1] * kx + rotations[b, 1, 1] * ky)
+                z = middle + padding * (rotations[b, 0, 2] * kx + rotations[b, 1, 2] * ky)
+                x0, y0, z0 = math.floor(x), math.floor(y), math.floor(z)
+                for dz in range(2):
+                    fz = (z - z0) if dz else (z0 + 1 - z)
+                    for dy in range(2):
+                        fyz = fz * ((y - y0) if dy else (y0 + 1 - y))
+                        for dx in range(2):
+                            f = np.float32(fyz * ((x - x0) if dx else (x0 + 1 - x)))
+                            numerator[z0 + dz, y0 + dy, x0 + dx] += f * value
+                            weight[z0 + dz, y0 + dy, x0 + dx] += f * share

@@ -1,0 +1,235 @@
+"""The one typed configuration of a training run: a TOML file, checked here and handed to the constructor that needs it.
+
+Every field states its unit and has a default that works. An unknown key is refused by name with the valid ones. Order of
+precedence: defaults, then a preset (`presets.toml`), then the file, then `--set section.key=value`.
+"""
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spire_dist.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, closed, documented by the strings under the fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Where the particles are and how they are read."""
+
+    store: Path = Path("particles.zarr")
+    """Particle store written by `spire-dist prep`."""
+    resident_gib: float = Field(4.0, ge=0)
+    """GiB; a set smaller than this is kept in memory, a larger one is streamed from the store."""
+
+
+class ConsensusConfig(Section):
+    """The homogeneous map that seeds the Gaussians."""
+
+    map: Path | None = None
+    """A map (.mrc, protein positive, any box and pixel size) to use instead of back-projecting the particles."""
+    padding: int = Field(2, ge=1, le=4)
+    """Oversampling of the back-projection in Fourier space."""
+
+
+class LatentConfig(Section):
+    """One low-dimensional vector z per particle."""
+
+    kind: Literal["table", "encoder", "encoder+table"] = "table"
+    """`table`: a free vector per particle (the paper); `encoder`: a network reads it off the image and pose;
+    `encoder+table`: the encoder in stage 1, whose output then starts a table that stage 2 refines."""
+    dimension: int = Field(4, ge=1, le=64)
+    """Numbers per particle."""
+    weight: float = Field(0.1, ge=0)
+    """λ_z of λ_z |z|², in nats per particle: 0.1 is a Gaussian prior of standard deviation 2.2."""
+    encoder_width: int = Field(256, ge=8)
+    """Units of the encoder's two hidden layers."""
+    encoder_box: int = Field(32, ge=8)
+    """Pixels; images are Fourier-cropped to this box before the encoder."""
+
+
+class RatesConfig(Section):
+    """Adam step sizes at their peak, in the unit of what they move."""
+
+    centres_px: float = Field(0.05, gt=0)
+    """Pixels per step, centres of Gaussians and anchors."""
+    widths: float = Field(0.01, gt=0)
+    """Relative change of a width per step."""
+    amplitudes: float = Field(0.02, gt=0)
+    """Share of the seed amplitude per step."""
+    features: float = Field(0.01, gt=0)
+    """Feature units per step."""
+    networks: float = Field(0.003, gt=0)
+    """Weight units per step."""
+    latents: float = Field(0.05, gt=0)
+    """Latent units per visit of the particle."""
+
+
+class StageConfig(Section):
+    """One of the two stages of training."""
+
+    gaussians: int = Field(2048, ge=1)
+    """Number of Gaussians."""
+    epochs: float = Field(15, gt=0)
+    """Passes over the particles."""
+    batch: int = Field(64, ge=1)
+    """Images per step."""
+    layers: int = Field(1, ge=1)
+    """Hidden layers of the per-Gaussian networks (shift and occupancy)."""
+    hidden: int = Field(32, ge=1)
+    """Units per hidden layer."""
+    motion_px: float = Field(3.0, gt=0)
+    """Pixels moved per unit of the shift network's output; its last layer starts at zero."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Passes before the deformation is switched on (the static Gaussians settle first)."""
+    final_rate: float = Field(0.05, gt=0, le=1)
+    """Share of the peak step sizes reached at the end of the stage (cosine in between)."""
+    cut: float = Field(4.0, ge=3, le=8)
+    """Standard deviations at which a Gaussian ends in the projector."""
+    rates: RatesConfig = RatesConfig()
+    """Step sizes."""
+
+
+class HierarchyConfig(StageConfig):
+    """Stage 2: Gaussians bound to anchors that move rigidly."""
+
+    gaussians: int = Field(8192, ge=1)
+    """Number of Gaussians."""
+    epochs: float = Field(30, gt=0)
+    """Passes over the particles."""
+    layers: int = Field(3, ge=1)
+    """Hidden layers of the per-Gaussian networks (shift and occupancy)."""
+    hidden: int = Field(128, ge=1)
+    """Units per hidden layer."""
+    motion_px: float = Field(1.0, gt=0)
+    """Pixels of residual shift per unit of the network's output."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Passes before the deformation is switched on."""
+    anchor_layers: int = Field(2, ge=1)
+    """Hidden layers of the anchor network."""
+    anchor_hidden: int = Field(128, ge=1)
+    """Units per hidden layer of the anchor network."""
+    feature_weight: float = Field(0.01, ge=0)
+    """λ_f of λ_f Σ|df|², in nats over the whole particle set."""
+    distil_steps: int = Field(300, ge=0)
+    """Steps in which the anchors first learn the motion found by stage 1, without images."""
+
+
+class PartsConfig(Section):
+    """Discovery of parts between the stages."""
+
+    clusters: int = Field(3, ge=1)
+    """Clusters of Gaussian features: Gaussians that move or appear together (level 1)."""
+    anchors: int = Field(5, ge=1)
+    """Anchors in all: clusters are split in space, the largest first, until there are this many (level 2)."""
+
+
+class OutputConfig(Section):
+    """What a run writes while it trains."""
+
+    log_seconds: float = Field(10.0, gt=0)
+    """Seconds between log lines."""
+    save_seconds: float = Field(120.0, gt=0)
+    """Seconds between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept, the newest ones."""
+    volumes: int = Field(10, ge=1)
+    """Maps written at the end, spread over the latent space."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    seed: int = 0
+    """Decides everything random; the same seed, data and machine give the same bits on the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a CUDA device when there is one."""
+    threads: int = Field(0, ge=0)
+    """CPU threads; 0 takes all cores this process may use."""
+    data: DataConfig = DataConfig()
+    consensus: ConsensusConfig = ConsensusConfig()
+    latent: LatentConfig = LatentConfig()
+    stage1: StageConfig = StageConfig()
+    parts: PartsConfig = PartsConfig()
+    stage2: HierarchyConfig = HierarchyConfig()
+    output: OutputConfig = OutputConfig()
+    features: int = Field(24, ge=1)
+    """Numbers in a Gaussian's feature vector."""
+
+
+def load_config(path: Path | None = None, preset: str | None = None, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of a TOML file on top of a preset, with `section.key=value` overrides on top of both.
+
+    Raises ConfigError, one line naming the key, the value and what is valid.
+    """
+    values: dict[str, Any] = {}
+    if preset is not None:
+        _merge(values, read_preset(preset))
+    if path is not None:
+        try:
+            _merge(values, tomllib.loads(path.read_text()))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing TOML file") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides or []:
+        _merge(values, _parse_override(override))
+    return validate(values, str(path or preset or "configuration"))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The table `name` of presets.toml."""
+    presets = tomllib.loads(files("spire_dist").joinpath("presets.toml").read_text())
+    if name not in presets:
+        raise ConfigError(f"preset: '{name}' does not exist; choose one of {', '.join(presets)}")
+    return presets[name]
+
+
+def validate(values: dict[str, Any], where: str) -> RunConfig:
+    """A checked configuration; the first problem found is told in one line."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            section: Any = RunConfig
+            for part in first["loc"][:-1]:
+                section = section.model_fields[str(part)].annotation
+            raise ConfigError(f"{where}: unknown key '{key}'; valid here: {', '.join(section.model_fields)}") from error
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise ConfigError(f"{where}: {key} = {first['input']!r}: {message}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as TOML; reading it back gives an equal one."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text}: write section.key=value, for example stage1.epochs=20")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:
+    """Lay `top` over `base`, section by section."""
+    for key, value in top.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(base[key], value)
+        else:
+            base[key] = value

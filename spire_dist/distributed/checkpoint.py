@@ -1,0 +1,72 @@
+"""Checkpoints: a folder per save, committed by a marker, `latest` moved only after the data is on the disk.
+
+    checkpoints/step-00001234/state.pt
+    checkpoints/step-00001234/COMMIT      written last; a folder without it is ignored and cleaned up
+    latest                                the name of the newest committed folder
+"""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spire_dist.errors import RunError
+
+COMMIT = "COMMIT"
+
+
+def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` (tensors, numbers, strings, nested) as the checkpoint of `step` and drop all but the newest `keep`.
+
+    Killed at any moment, the run still has its previous checkpoint.
+    """
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    with open(folder / "state.pt", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    write_durably(folder / COMMIT, f"{step}\n")
+    write_durably(run / "latest", f"{folder.name}\n")
+    for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(run: Path) -> dict[str, Any] | None:
+    """The state of the checkpoint `latest` names, None where there is none. Raises RunError for a damaged one.
+
+    Only tensors and plain containers are read back: a checkpoint from elsewhere cannot run code.
+    """
+    pointer = run / "latest"
+    if not pointer.exists():
+        return None
+    folder = run / "checkpoints" / pointer.read_text().strip()
+    if not (folder / COMMIT).exists():
+        raise RunError(f"{pointer}: names {folder.name}, which is not a complete checkpoint; name another of {run}/checkpoints")
+    try:
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RunError(f"{folder}/state.pt: cannot be read ({str(error).splitlines()[0]}); remove the folder, write the "
+                       f"name of an older one into {pointer} and run again") from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file: the old text or the new one is there at any moment, and the new one survives a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,57 @@
+"""The Gaussians' own parameters, and how they are drawn from a map.
+
+Each has an offset (from its anchor, or from the centre of the box where there are no anchors), a width, an amplitude and
+a feature vector. Learned quantities are kept in units in which a step of Adam means the same for all: centres in pixels,
+widths as logarithms, amplitudes as shares of the seed amplitude.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+MIN_WIDTH_PX = 0.5
+"""Narrower Gaussians fall between the pixels of the point-sampled projection."""
+
+
+class Gaussians(nn.Module):
+    """N Gaussians: `offsets` [N, 3] px, `log_widths` [N] (of width / px), `amplitudes` [N] (of `unit`), `features` [N, E]."""
+
+    unit: Tensor
+
+    def __init__(self, offsets_px: Tensor, widths_px: Tensor, features: Tensor, unit: float = 1.0) -> None:
+        super().__init__()
+        self.offsets = nn.Parameter(offsets_px.clone())
+        self.log_widths = nn.Parameter(torch.log(widths_px))
+        self.amplitudes = nn.Parameter(torch.ones(len(offsets_px)))
+        self.features = nn.Parameter(features.clone())
+        self.register_buffer("unit", torch.tensor(unit))
+
+    def widths_px(self) -> Tensor:
+        """Standard deviations [N] in pixels."""
+        return self.log_widths.exp().clamp(min=MIN_WIDTH_PX)
+
+    def peak_densities(self) -> Tensor:
+        """Amplitudes [N] as densities."""
+        return self.amplitudes * self.unit
+
+
+def draw_centres(
+    volume: NDArray[np.float32], count: int, rng: np.random.Generator, threshold: float = 0.05
+) -> NDArray[np.float32]:
+    """`count` points [count, 3] in pixels, (x, y, z) from the centre, drawn from a map's density above a share of its peak.
+
+    Voxels are drawn in proportion to their density (systematic resampling, which spreads the points evenly) and each
+    point is placed at random inside its voxel.
+    """
+    density = np.where(volume > threshold * volume.max(), volume, 0).astype(np.float64).ravel()
+    edges = np.cumsum(density)
+    voxels = np.searchsorted(edges, (np.arange(count) + rng.random(count)) * edges[-1] / count)
+    z, y, x = np.unravel_index(np.minimum(voxels, density.size - 1), volume.shape)
+    points = np.stack([x, y, z], axis=1) - volume.shape[0] // 2 + rng.uniform(-0.5, 0.5, (count, 3))
+    return points.astype(np.float32)
+
+
+def random_features(count: int, dimension: int, rng: np.random.Generator) -> Tensor:
+    """Features [count, dimension] to start from, standard normal."""
+    return torch.from_numpy(rng.standard_normal((count, dimension)).astype(np.float32))

@@ -1,0 +1,70 @@
+"""Latents: one vector per particle, free (a table) or read off the image (an encoder)."""
+
+import torch
+from torch import Tensor, nn
+
+from spire_dist.config import LatentConfig
+
+START_SPREAD = 0.1
+"""Standard deviation of a table's start: enough to break the symmetry between particles."""
+
+
+class LatentTable(nn.Module):
+    """The paper's auto-decoder: a free vector per particle [N, L]. Gradients are sparse: only the batch's rows move."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Embedding.from_pretrained(values.clone(), freeze=False, sparse=True)
+
+    def forward(self, rows: Tensor, images: Tensor, ctf: Tensor, rotations: Tensor, shifts_px: Tensor) -> Tensor:
+        """Latents [B, L] of particles `rows` [B]; the rest is what an encoder would look at."""
+        return self.rows(rows)
+
+
+class ImageEncoder(nn.Module):
+    """Amortised inference: image and pose -> latent.
+
+    The image is centred by its known shift, corrected for the CTF's sign and cropped in Fourier space to a small box, so
+    that the network has to learn neither shifts nor CTF; the rotation matrix tells it the view.
+    """
+
+    def __init__(self, box: int, config: LatentConfig) -> None:
+        super().__init__()
+        self.small = min(box, config.encoder_box)
+        width = config.encoder_width
+        self.layers = nn.Sequential(
+            nn.Linear(self.small**2 + 9, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, config.dimension),
+        )
+
+    def forward(self, rows: Tensor, images: Tensor, ctf: Tensor, rotations: Tensor, shifts_px: Tensor) -> Tensor:
+        """Latents [B, L] from transforms `images` and `ctf` [B, D, D // 2 + 1], rotations [B, 3, 3], shifts [B, 2] px."""
+        small = centred_small_images(images * torch.sign(ctf), shifts_px, self.small)
+        return self.layers(torch.cat([small.flatten(1), rotations.flatten(1)], dim=1))
+
+
+def centred_small_images(transforms: Tensor, shifts_px: Tensor, small: int) -> Tensor:
+    """Images [B, small, small], variance kept near one, moved back by `shifts_px` [B, 2] and Fourier-cropped."""
+    box = transforms.shape[-2]
+    frequency_y = torch.fft.fftfreq(small, device=transforms.device) * small / box
+    frequency_x = torch.fft.rfftfreq(small, device=transforms.device) * small / box
+    half = small // 2
+    rows = torch.cat([transforms[:, : small - half], transforms[:, box - half :]], dim=1)
+    angle = 2 * torch.pi * (
+        shifts_px[:, 0, None, None] * frequency_x[None, None, :] + shifts_px[:, 1, None, None] * frequency_y[None, :, None]
+    )
+    cropped = rows[:, :, : half + 1] * torch.polar(torch.ones_like(angle), angle)
+    return torch.fft.irfft2(cropped, s=(small, small)) * (small / box)
+
+
+Latents = LatentTable | ImageEncoder
+
+
+def build_latents(count: int, box: int, config: LatentConfig, generator: torch.Generator) -> Latents:
+    """The latents of stage 1 for `count` particles of side `box`."""
+    if config.kind == "table":
+        return LatentTable(START_SPREAD * torch.randn(count, config.dimension, generator=generator))
+    return ImageEncoder(box, config)

@@ -1,0 +1,97 @@
+"""The two models: what a latent does to the Gaussians.
+
+Coarse (stage 1, paper section 3):      c_i(z) = c_i + shift([z, f_i]),  m_i(z) = m_i σ(occupancy([z, f_i]))
+Hierarchical (stage 2, equations 3-6):  c_i = ca_a + dc_i, f_i = fa_a + df_i;  (R_a, t_a) = motion([z, fa_a])
+                                        c_i(z) = R_a dc_i + ca_a + t_a + shift([z, f_i]),  m_i(z) = m_i σ(occupancy([z, f_i]))
+
+with a = a_i the anchor of Gaussian i for good. Rotations turn about the anchor's centre; the residual shift is taken in
+the particle's frame (both open in the paper). Widths never depend on the latent.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from spire_dist.config import HierarchyConfig, StageConfig
+from spire_dist.model.deformation import PairNetwork, rotations_from_6d
+from spire_dist.model.gaussians import Gaussians
+
+OPEN_BIAS = 2.0
+"""Start of the occupancy's logit: σ(2) = 0.88, open but not saturated."""
+ANCHOR_MOTION_PX = 5.0
+"""Pixels of anchor translation per unit of the motion network's output."""
+
+
+class CoarseMixture(nn.Module):
+    """Stage 1: every Gaussian moves by itself."""
+
+    def __init__(self, gaussians: Gaussians, latent: int, config: StageConfig) -> None:
+        super().__init__()
+        features = gaussians.features.shape[1]
+        self.gaussians = gaussians
+        self.shift = PairNetwork(latent, features, config.hidden, config.layers, 3)
+        self.occupancy = PairNetwork(latent, features, config.hidden, config.layers, 1, bias=OPEN_BIAS)
+        self.motion_px = config.motion_px
+
+    def deform(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, L] -> centres [B, N, 3] px from the centre of the box, peak densities [B, N]."""
+        own = self.gaussians
+        centres = own.offsets + self.motion_px * self.shift(latents, own.features)
+        amplitudes = own.peak_densities() * torch.sigmoid(self.occupancy(latents, own.features)[..., 0])
+        return centres, amplitudes
+
+    def regulariser(self) -> Tensor:
+        """Nothing beside the latents is penalised in stage 1."""
+        return self.gaussians.unit.new_zeros(())
+
+
+class HierarchicalMixture(nn.Module):
+    """Stage 2: Gaussians ride on anchors that move rigidly, with a small shift of their own."""
+
+    anchor_of: Tensor
+
+    def __init__(
+        self,
+        gaussians: Gaussians,
+        anchor_of: Tensor,
+        anchor_centres_px: Tensor,
+        anchor_features: Tensor,
+        latent: int,
+        config: HierarchyConfig,
+    ) -> None:
+        super().__init__()
+        features = gaussians.features.shape[1]
+        self.gaussians = gaussians
+        self.register_buffer("anchor_of", anchor_of.clone())
+        self.anchor_centres = nn.Parameter(anchor_centres_px.clone())
+        self.anchor_features = nn.Parameter(anchor_features.clone())
+        self.motion = PairNetwork(latent, features, config.anchor_hidden, config.anchor_layers, 9)
+        self.shift = PairNetwork(latent, features, config.hidden, config.layers, 3)
+        self.occupancy = PairNetwork(latent, features, config.hidden, config.layers, 1, bias=OPEN_BIAS)
+        self.motion_px = config.motion_px
+        self.feature_weight = config.feature_weight
+
+    def anchor_motion(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, L] -> rotation [B, A, 3, 3] and moved centre [B, A, 3] px of every anchor (equation 4)."""
+        numbers = self.motion(latents, self.anchor_features)
+        return rotations_from_6d(numbers[..., :6]), self.anchor_centres + ANCHOR_MOTION_PX * numbers[..., 6:]
+
+    def features(self) -> Tensor:
+        """Features [N, E] of the Gaussians: their anchor's and their own share (equation 3)."""
+        return self.anchor_features[self.anchor_of] + self.gaussians.features
+
+    def deform(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, L] -> centres [B, N, 3] px from the centre of the box, peak densities [B, N]."""
+        own, features = self.gaussians, self.features()
+        rotations, anchors = self.anchor_motion(latents)
+        frames = torch.cat([rotations, anchors[..., None]], dim=-1)[:, self.anchor_of]  # [B, N, 3, 4]
+        rigid = (frames[..., :3] @ own.offsets[:, :, None])[..., 0] + frames[..., 3]
+        centres = rigid + self.motion_px * self.shift(latents, features)
+        amplitudes = own.peak_densities() * torch.sigmoid(self.occupancy(latents, features)[..., 0])
+        return centres, amplitudes
+
+    def regulariser(self) -> Tensor:
+        """λ_f Σ|df|² (equation 7)."""
+        return self.feature_weight * self.gaussians.features.square().sum()
+
+
+Mixture = CoarseMixture | HierarchicalMixture

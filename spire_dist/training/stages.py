@@ -1,0 +1,141 @@
+"""How each stage begins: from a map to the coarse model, from the coarse model to parts and the hierarchy."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spire_dist.config import HierarchyConfig, RunConfig
+from spire_dist.data.loader import Batch
+from spire_dist.model.gaussians import Gaussians, draw_centres, random_features
+from spire_dist.model.image_model import predict
+from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture
+from spire_dist.model.parts import Parts, discover_parts
+
+SEED_SPREAD = 0.75
+"""Width of a seed Gaussian as a share of the mean distance between Gaussians."""
+JITTER = 0.5
+"""Displacement of a stage-2 Gaussian from its stage-1 parent, as a share of the parent's width."""
+SAMPLES = 256
+"""Latents over which stage 1 is summarised."""
+DISTIL_BATCH = 64
+DISTIL_RATE = 5e-3
+
+
+def seed_coarse(volume: NDArray[np.float32], config: RunConfig, sample: Batch) -> CoarseMixture:
+    """The coarse model before training: Gaussians drawn from a map [D, D, D], one amplitude fitted to `sample` images."""
+    rng = np.random.default_rng(config.seed)
+    count = config.stage1.gaussians
+    centres = torch.from_numpy(draw_centres(volume, count, rng))
+    occupied = float((volume > 0.05 * volume.max()).sum())
+    widths = torch.full((count,), max(0.7, SEED_SPREAD * (occupied / count) ** (1 / 3)))
+    gaussians = Gaussians(centres, widths, random_features(count, config.features, rng))
+    mixture = CoarseMixture(gaussians, config.latent.dimension, config.stage1)
+    gaussians.unit.fill_(fit_scale(mixture, config, sample))
+    return mixture
+
+
+def fit_scale(mixture: CoarseMixture, config: RunConfig, sample: Batch) -> float:
+    """The factor that brings the model's images closest to `sample` (least squares over all of them)."""
+    latents = torch.zeros(len(sample.rows), config.latent.dimension)
+    box = sample.images.shape[-2]
+    with torch.no_grad():
+        predicted = predict(mixture, latents, sample.rotations, sample.shifts_px, sample.ctf, box, config.stage1.cut)
+    predicted[:, 0, 0] = 0  # the mean of an image says nothing: the background was subtracted
+    scale = ((predicted.conj() * sample.images).real.sum() / predicted.abs().square().sum()).item()
+    return max(scale, 1e-6)
+
+
+@torch.no_grad()
+def summarise(mixture: CoarseMixture, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres [S, N, 3] px and masses [S, N] of the coarse Gaussians at latents [S, L]."""
+    centres, amplitudes = mixture.deform(latents)
+    return centres, amplitudes.clamp(min=0) * mixture.gaussians.widths_px() ** 3
+
+
+def sample_latents(latents: Tensor, seed: int) -> Tensor:
+    """`SAMPLES` of the particles' latents; the first is the one with most others around it, the reference."""
+    rng = np.random.default_rng(seed)
+    chosen = latents[torch.from_numpy(rng.permutation(len(latents))[:SAMPLES])]
+    distances = torch.cdist(chosen, chosen)
+    width = distances.median() / 4 + 1e-6
+    crowd = torch.exp(-0.5 * (distances / width) ** 2).sum(1)
+    best = int(crowd.argmax())
+    return torch.cat([chosen[best : best + 1], chosen[:best], chosen[best + 1 :]])
+
+
+def find_parts(mixture: CoarseMixture, latents: Tensor, config: RunConfig) -> Parts:
+    """Parts of a trained coarse model whose particles lie at `latents` [N, L]."""
+    centres, masses = summarise(mixture, sample_latents(latents, config.seed))
+    features = feature_view(mixture)
+    return discover_parts(
+        features, centres[0].numpy(), masses.mean(0).numpy(), config.parts.clusters, config.parts.anchors, config.seed
+    )
+
+
+def feature_view(mixture: CoarseMixture) -> NDArray[np.float32]:
+    """Features as the networks see them [N, ...]: through their first layers, which ignore what means nothing."""
+    with torch.no_grad():
+        return mixture.gaussians.features.numpy()
+
+
+def seed_hierarchy(mixture: CoarseMixture, parts: Parts, latents: Tensor, config: RunConfig) -> HierarchicalMixture:
+    """Stage 2 before training: anchors that already follow the parts' motion of stage 1, and Gaussians drawn around them.
+
+    Gaussians are drawn from the coarse ones over all sampled latents in proportion to their mass there, and carried back
+    into their anchor's frame; so a part that is absent in one state is still found in the others.
+    """
+    rng = np.random.default_rng((config.seed, 2))
+    samples = sample_latents(latents, config.seed)
+    centres, masses = summarise(mixture, samples)
+    anchors, anchor_of = torch.from_numpy(parts.anchors), torch.from_numpy(parts.anchor_of)
+    own = mixture.gaussians
+    anchor_centres, anchor_features = centres[0, anchors], own.features.detach()[anchors]
+    widths = own.widths_px().detach()
+
+    # The motion network first learns on the coarse Gaussians themselves, held rigidly to their anchors.
+    rigid = HierarchicalMixture(
+        Gaussians(centres[0] - anchor_centres[anchor_of], widths, torch.zeros_like(own.features)),
+        anchor_of, anchor_centres, anchor_features, config.latent.dimension, config.stage2,
+    )  # fmt: skip
+    _distil(rigid, samples, centres, masses, config.stage2, rng)
+
+    weights = masses.double().flatten().numpy()
+    edges = np.cumsum(weights)
+    count = config.stage2.gaussians
+    drawn = np.searchsorted(edges, (np.arange(count) + rng.random(count)) * edges[-1] / count).clip(max=len(edges) - 1)
+    state, parent = (torch.from_numpy(i) for i in np.unravel_index(drawn, masses.shape))
+    with torch.no_grad():
+        rotations, moved = rigid.anchor_motion(samples)
+        a = anchor_of[parent]
+        relative = centres[state, parent] - moved[state, a]
+        offsets = (rotations[state, a].transpose(1, 2) @ relative[:, :, None])[..., 0]
+    offsets = offsets + JITTER * widths[parent, None] * torch.from_numpy(rng.standard_normal((count, 3)).astype(np.float32))
+    shrink = min(1.0, (len(anchor_of) / count) ** (1 / 3))
+    gaussians = Gaussians(offsets, (widths[parent] * shrink).clamp(min=0.6), torch.zeros(count, config.features))
+    hierarchy = HierarchicalMixture(
+        gaussians, a, anchor_centres, anchor_features, config.latent.dimension, config.stage2
+    )
+    hierarchy.motion.load_state_dict(rigid.motion.state_dict())
+    total = float(masses.mean(0).sum()) / float((gaussians.widths_px().detach() ** 3).sum())
+    gaussians.unit.fill_(total / float(torch.sigmoid(hierarchy.occupancy.last.bias.detach())[0]))
+    return hierarchy
+
+
+def _distil(
+    rigid: HierarchicalMixture, samples: Tensor, centres: Tensor, masses: Tensor, config: HierarchyConfig, rng: np.random.Generator
+) -> None:
+    """Teach the anchors the motion [S, N, 3] px of the coarse Gaussians, weighted by their mass, without images."""
+    optimiser = torch.optim.Adam(rigid.motion.parameters(), lr=DISTIL_RATE)
+    weights = masses / masses.mean(0).sum()
+    for step in range(config.distil_steps):
+        rows = torch.from_numpy(rng.integers(0, len(samples), DISTIL_BATCH))
+        for group in optimiser.param_groups:
+            group["lr"] = DISTIL_RATE * (1 - step / config.distil_steps)
+        rotations, moved = rigid.anchor_motion(samples[rows])
+        offsets = rigid.gaussians.offsets.detach()
+        placed = (rotations[:, rigid.anchor_of] @ offsets[:, :, None])[..., 0] + moved[:, rigid.anchor_of]
+        loss = (weights[rows] * (placed - centres[rows]).square().sum(-1)).sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
