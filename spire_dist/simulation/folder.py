@@ -10,6 +10,7 @@ import mrcfile
 import numpy as np
 import pandas as pd
 import starfile
+from mrcfile.mrcobject import MrcObject
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -29,6 +30,13 @@ def create_stack(path: Path, count: int, box: int, pixel_size: float) -> None:
         _label(stack)
 
 
+def add_images(path: Path, rows: slice, images: NDArray) -> None:
+    """Add `images` to these rows of a stack on disk."""
+    with mrcfile.mmap(path, mode="r+") as stack:
+        assert stack.data is not None
+        stack.data[rows] += images.astype(np.float32)
+
+
 def write_map(path: Path, volume: NDArray[np.float32], pixel_size: float) -> None:
     """A map [z, y, x]; RELION, ChimeraX and the benchmark take its centre to be voxel box // 2."""
     with mrcfile.new(path, data=volume, overwrite=True) as file:
@@ -36,8 +44,9 @@ def write_map(path: Path, volume: NDArray[np.float32], pixel_size: float) -> Non
         _label(file)
 
 
-def _label(file: mrcfile.mrcobject.MrcObject) -> None:
+def _label(file: MrcObject) -> None:
     """Replace the first label, where mrcfile puts the date: equal seeds would not give equal files."""
+    assert file.header is not None
     file.header.label[0] = CREATOR
     file.header.nlabl = 1
 
@@ -63,7 +72,7 @@ def write_tables(
     counts [S], rotations [N, 3, 3], shifts [N, 2] Å (where the particle is), ctf [N, 9] of `schema.CTF_COLUMNS`.
     """
     _write_star(out / "particles.star", counts, rotations, shifts, ctf, box, pixel_size)
-    own_columns = np.broadcast_to(np.float32([box, pixel_size]), (len(ctf), 2))
+    own_columns = np.broadcast_to(np.array([box, pixel_size], dtype=np.float32), (len(ctf), 2))
     pickles = {
         "gt_latents": np.repeat(np.arange(len(counts)), counts),
         # cryoDRGN's translation is the one that centres the particle, in fractions of the box.

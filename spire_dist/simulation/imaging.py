@@ -1,9 +1,9 @@
 """From atoms to noiseless images and true maps, in one and the same band limit. Called by `recipes.simulate`.
 
 Atoms are Gaussians (ChimeraX's molmap: σ = 0.225 × resolution), often far narrower than a pixel, where point sampling
-aliases. So they are drawn on a grid twice as fine with a width w of one fine pixel, which aliases by less than 1e-4 inside
-the band that is kept; the exact factor exp(-2π²(σ² - w²)s²) makes good the width in Fourier space, and the transform is
-cropped. Images and maps agree: an image is the CTF times a central slice of the map.
+aliases. So they are drawn on a grid twice as fine with a width w of one fine pixel, which aliases by less than 1e-4
+inside the band that is kept; in Fourier space the exact factor exp(-2π²(σ² - w²)s²) makes good the width, and the
+transform is cropped. Images and maps agree: an image is the CTF times a central slice of the map.
 """
 
 import math
@@ -31,16 +31,19 @@ def images_per_chunk(atoms: int) -> int:
 def noiseless_images(
     coordinates: NDArray,
     weights: NDArray,
-    resolution: float,
     rotations: Tensor,
     shifts: Tensor,
     ctf: Tensor | None,
+    *,
+    resolution: float,
     box: int,
     pixel_size: float,
+    sign: int = 1,
 ) -> Tensor:
-    """CTF × projection, [B, box, box], electrons/Å², band-limited to the box; `ctf` [B, 9] or None for no microscope.
+    """Sign × CTF × projection, [B, box, box], electrons/Å², band-limited to the box.
 
-    coordinates [A, 3] Å, weights [A] electrons, resolution Å, rotations [B, 3, 3], shifts [B, 2] Å.
+    coordinates [A, 3] Å, weights [A] electrons, rotations [B, 3, 3], shifts [B, 2] Å, ctf [B, 9] (None: no microscope),
+    resolution Å, pixel_size Å/px.
     """
     centres, amplitudes, widths = _drawable(coordinates, weights, pixel_size)
     fine = projector.project(
@@ -58,7 +61,7 @@ def noiseless_images(
     spectrum = spectrum * _width_correction(grid_x**2 + grid_y**2, resolution, pixel_size)
     if ctf is not None:
         spectrum = spectrum * contrast_transfer(ctf, grid_x, grid_y)
-    return torch.fft.fftshift(torch.fft.irfft2(spectrum, s=(box, box)), dim=(1, 2)) / OVERSAMPLING**2
+    return torch.fft.fftshift(torch.fft.irfft2(spectrum, s=(box, box)), dim=(1, 2)) * (sign / OVERSAMPLING**2)
 
 
 def true_volume(coordinates: NDArray, weights: NDArray, resolution: float, box: int, pixel_size: float) -> Tensor:
@@ -88,7 +91,7 @@ def _width_correction(s2: Tensor, resolution: float, pixel_size: float) -> Tenso
 
 
 def _cropped(spectrum: Tensor, box: int, dims: tuple[int, ...]) -> Tensor:
-    """The frequencies of a `box` grid out of a finer real-to-complex transform; Nyquist, which has no partner, is zero."""
+    """The frequencies of a `box` grid from a finer real-to-complex transform; Nyquist, which has no partner, is 0."""
     positive, negative = (box + 1) // 2, (box - 1) // 2
     out = spectrum[..., : box // 2 + 1].clone()
     for dim in dims:

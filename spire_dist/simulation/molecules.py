@@ -99,14 +99,14 @@ PROCEDURAL_ARM, PROCEDURAL_AXIS = "A", ((0.0, 0.0, 0.0), (0.5, 0.0, 1.0))
 def procedural_antibody(seed: int) -> Molecule:
     """An antibody-like particle of about 1,300 beads, one per residue: chain F (the stem), A and B (the arms).
 
-    Each part is two globular domains in a row, 80 Å long; the arms leave the hinge 60° to either side. Beads fill a domain
-    at the density of protein (135 Å³ per residue), jittered so that it has an inside. No two domains are alike, so that
-    every pose looks different.
+    Each part is two globular domains in a row, 80 Å long; the arms leave the hinge 60° to either side. Beads fill a
+    domain at the density of protein (135 Å³ per residue), jittered so that it has an inside. No two domains are alike,
+    so that every pose looks different.
     """
     rng = np.random.default_rng([seed, 0])
-    arm, stem = np.array([20.0, 62.0]), np.array([18.0, 54.0])  # distance of the two domains from the hinge, Å
+    arm, stem = np.array([30.0, 70.0]), np.array([18.0, 54.0])  # distance of the two domains from the hinge, Å
     beads, chains, residues = [], [], []
-    for chain, distances, tilt_deg in (("F", stem, 180.0), ("A", arm + 4, 60.0), ("B", arm + 4, -60.0)):
+    for chain, distances, tilt_deg in (("F", stem, 180.0), ("A", arm, 60.0), ("B", arm, -60.0)):
         turn = Rotation.from_euler("y", tilt_deg, degrees=True)
         domains = [_globule(rng, rng.uniform(0.85, 1.15, 3) * DOMAIN_RADII) + np.array([0, 0, d]) for d in distances]
         points = turn.apply(np.concatenate(domains))

@@ -13,16 +13,18 @@
 Every random number comes from one seed; the same call writes the same bytes.
 """
 
+import functools
 import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import mrcfile
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.physics.poses import random_rotations
@@ -32,6 +34,10 @@ from spire_dist.simulation import folder, imaging, molecules
 
 CRYODRGN_CTF_COLUMNS = 9
 """Box (px), pixel size (Å), then the first seven of `schema.CTF_COLUMNS`."""
+Chunk = tuple[int, slice, slice]
+"""State, rows within its stack, rows of the whole set."""
+Picture = Callable[..., Tensor]
+"""(coordinates, weights, rotations, shifts, ctf) of some particles -> their noiseless images."""
 
 
 def simulate(
@@ -78,65 +84,87 @@ def simulate(
 
     Raises ConfigError for a setting that cannot be used, SourceError for a file; `out` then does not appear.
     """
-    settings = {k: v for k, v in locals().items() if k != "out"}
-    _check(
-        out, states=states, particles=particles, box=box, pixel_size=pixel_size, resolution=resolution, shift_a=shift_a
-    )
+    settings = dict(locals())
+    _check(out, states, particles, snr, snr_at, shift_a, sign, box=box, pixel_size=pixel_size, resolution=resolution)
     ensemble = _states(model, rotate, axis, omit, states, seed)
+    _check_fits(ensemble, box, pixel_size, shift_a)
     counts = _counts(particles, proportions, len(ensemble.coordinates))
-    ctf = _draw_ctfs(
-        particles, ctf_table, defocus_a, astigmatism_a, (voltage_kv, cs_mm, amplitude_contrast), b_factor, seed
-    )
+    optics = (voltage_kv, cs_mm, amplitude_contrast)
+    ctf = _draw_ctfs(particles, ctf_table, defocus_a, astigmatism_a, optics, b_factor, seed)
     rotations = random_rotations(particles, seed=seed)
     shifts = np.random.default_rng([seed, 1]).uniform(-shift_a, shift_a, (particles, 2)).astype(np.float32)
-    _check_fits(ensemble, box, pixel_size, shift_a)
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name in ("images", f"vols/{box}_org", "init_mask"):
-        (partial / name).mkdir(parents=True)
-
-    mask = _write_maps(partial, ensemble, box, pixel_size, resolution)
-    chunks = list(_chunks(counts, imaging.images_per_chunk(len(ensemble.molecule.weights))))
-    signal_std = _write_signal(
-        partial, ensemble, counts, chunks, rotations, shifts, ctf, box, pixel_size, resolution, sign
-    )
-    snr_box = box if snr_at == "after" else 2 * box
-    # The crop keeps the signal inside the band as it is and averages the noise of (snr_box / box)² pixels.
-    noise_std = 0.0 if not 0 < snr < np.inf else signal_std / np.sqrt(snr) * box / snr_box
-    if noise_std > 0:
-        _add_noise(partial, chunks, noise_std, seed)
-    folder.write_tables(partial, counts, rotations, shifts, ctf, box, pixel_size)
-    folder.write_residues(partial / "residues.npz", ensemble)
-    report = settings | {
-        "model": None if model is None else [str(p) for p in _paths(model)],
-        "ctf_table": None if ctf_table is None else str(ctf_table),
-        "defocus_a": None if ctf_table is not None else defocus_a,
-        "states": len(counts),
-        "counts": counts.tolist(),
-        "group_names": ensemble.group_names,
-        "snr_box": snr_box,
-        "signal_std": signal_std,
-        "noise_std": noise_std,
-        "mask_voxels": int(mask.sum()),
-    }
-    (partial / "simulation.json").write_text(json.dumps(report, indent=2) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        for name in ("images", f"vols/{box}_org", "init_mask"):
+            (partial / name).mkdir(parents=True)
+        mask = _write_maps(partial, ensemble, box, pixel_size, resolution)
+        chunks = list(_chunks(counts, imaging.images_per_chunk(len(ensemble.molecule.weights))))
+        for state, count in enumerate(counts):
+            folder.create_stack(_stack_path(partial, state), int(count), box, pixel_size)
+        columns = (torch.from_numpy(rotations), torch.from_numpy(shifts), torch.from_numpy(ctf))
+        picture = functools.partial(
+            imaging.noiseless_images,
+            resolution=resolution,
+            box=box,
+            pixel_size=pixel_size,
+            sign=1 if sign == "+" else -1,
+        )
+        signal_std = _write_signal(partial, ensemble, chunks, columns, picture)
+        snr_box = box if snr_at == "after" else 2 * box
+        # The crop keeps the signal inside the band as it is and averages the noise of (snr_box / box)² pixels.
+        noise_std = float(signal_std / np.sqrt(snr) * box / snr_box)
+        if noise_std > 0:
+            _add_noise(partial, chunks, box, noise_std, seed)
+        folder.write_tables(partial, counts, rotations, shifts, ctf, box, pixel_size)
+        folder.write_residues(partial / "residues.npz", ensemble)
+        found = {
+            "counts": counts.tolist(),
+            "group_names": ensemble.group_names,
+            "snr_box": snr_box,
+            "signal_std": signal_std,
+            "noise_std": noise_std,
+            "mask_voxels": int(mask.sum()),
+        }
+        _write_report(partial / "simulation.json", settings, found)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return out
 
 
-def _check(out: Path, *, states: int, particles: int, **positive: float) -> None:
+def _check(out: Path, states, particles, snr, snr_at, shift_a, sign, **positive: float) -> None:
+    """Settings that are wrong whatever the molecule."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} exists and is not an empty folder; choose a new one or remove it")
     for name, value in positive.items():
-        if not value > 0 and not (name == "shift_a" and value == 0):
-            raise ConfigError(f"{name}: {value} is not usable; give a positive number")
+        if not 0 < value < np.inf:
+            raise ConfigError(f"{name}: {value}; give a positive number")
     if positive["box"] < 8:
-        raise ConfigError(f"box: {positive['box']} px is too small; give 8 or more")
+        raise ConfigError(f"box: {positive['box']} px; give 8 or more")
     if states < 1 or particles < 1:
-        raise ConfigError(f"states and particles: {states} and {particles}; give at least 1 of each")
+        raise ConfigError(f"states, particles: {states}, {particles}; give at least 1 of each")
+    if not snr > 0:
+        raise ConfigError(f"snr: {snr}; give a positive number, inf for images without noise")
+    if not 0 <= shift_a < np.inf:
+        raise ConfigError(f"shift_a: {shift_a} Å; give 0 or a positive number")
+    if snr_at not in ("after", "before"):
+        raise ConfigError(f"snr_at: {snr_at!r}; give 'after' or 'before' (the Fourier crop)")
+    if sign not in ("+", "-"):
+        raise ConfigError(f"sign: {sign!r}; give '+' for bright protein or '-' for dark")
+
+
+def _write_report(path: Path, settings: dict, found: dict) -> None:
+    """Settings as given (files by their path, an infinite SNR as null, which JSON can hold) and what came of them."""
+    report = {name: value for name, value in settings.items() if name != "out"}
+    report["model"] = None if report["model"] is None else [str(p) for p in _paths(report["model"])]
+    report["ctf_table"] = None if report["ctf_table"] is None else str(report["ctf_table"])
+    report["snr"] = report["snr"] if np.isfinite(report["snr"]) else None
+    report["states"] = len(found["counts"])
+    path.write_text(json.dumps(report | found, indent=2) + "\n")
 
 
 def _paths(model: Path | Sequence[Path]) -> list[Path]:
@@ -239,8 +267,8 @@ def _atoms(ensemble: molecules.States, state: int) -> tuple[NDArray, NDArray]:
     return ensemble.coordinates[state, there], ensemble.molecule.weights[there]
 
 
-def _chunks(counts: NDArray[np.int64], size: int) -> Iterator[tuple[int, slice, slice]]:
-    """State, rows within its stack, rows of the whole set: at most `size` images at a time."""
+def _chunks(counts: NDArray[np.int64], size: int) -> Iterator[Chunk]:
+    """The particles in order, at most `size` of one state at a time."""
     for state, (start, count) in enumerate(zip(np.cumsum(counts) - counts, counts, strict=True)):
         for first in range(0, count, size):
             last = min(first + size, count)
@@ -249,39 +277,25 @@ def _chunks(counts: NDArray[np.int64], size: int) -> Iterator[tuple[int, slice, 
 
 def _write_signal(
     out: Path,
-    ensemble,
-    counts,
-    chunks,
-    rotations,
-    shifts,
-    ctf,
-    box: int,
-    pixel_size: float,
-    resolution: float,
-    sign: str,
+    ensemble: molecules.States,
+    chunks: list[Chunk],
+    particles: tuple[Tensor, Tensor, Tensor],
+    picture: Picture,
 ) -> float:
-    """Write the noiseless stacks and return the standard deviation of all their pixels."""
-    for state, count in enumerate(counts):
-        folder.create_stack(_stack_path(out, state), int(count), box, pixel_size)
-    first_moment = second_moment = 0.0
+    """Write what `picture` makes of (rotations, shifts, ctf) and return the standard deviation of all pixels."""
+    sums = np.zeros(3)
     for state, here, rows in progress(chunks, "projections", unit="chunk"):
-        pose = torch.from_numpy(rotations[rows]), torch.from_numpy(shifts[rows])
-        images = imaging.noiseless_images(
-            *_atoms(ensemble, state), resolution, *pose, torch.from_numpy(ctf[rows]), box, pixel_size
-        )
-        with mrcfile.mmap(_stack_path(out, state), mode="r+") as stack:
-            stack.data[here] = images.numpy() if sign == "+" else -images.numpy()
-        first_moment += float(images.double().sum())
-        second_moment += float(images.double().square().sum())
-    pixels = len(rotations) * box**2
-    return float(np.sqrt(second_moment / pixels - (first_moment / pixels) ** 2))
+        images = picture(*_atoms(ensemble, state), *(column[rows] for column in particles)).double()
+        folder.add_images(_stack_path(out, state), here, images.numpy())
+        sums += [images.numel(), float(images.sum()), float(images.square().sum())]
+    return float(np.sqrt(sums[2] / sums[0] - (sums[1] / sums[0]) ** 2))
 
 
-def _add_noise(out: Path, chunks, noise_std: float, seed: int) -> None:
+def _add_noise(out: Path, chunks: list[Chunk], box: int, noise_std: float, seed: int) -> None:
     for state, here, rows in progress(chunks, "noise", unit="chunk"):
         rng = np.random.default_rng([seed, 3, rows.start])
-        with mrcfile.mmap(_stack_path(out, state), mode="r+") as stack:
-            stack.data[here] += noise_std * rng.standard_normal(stack.data[here].shape, dtype=np.float32)
+        noise = rng.standard_normal((here.stop - here.start, box, box), dtype=np.float32)
+        folder.add_images(_stack_path(out, state), here, noise_std * noise)
 
 
 def _stack_path(out: Path, state: int) -> Path:
