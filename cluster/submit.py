@@ -100,6 +100,7 @@ def queue(command: list[str], folder: Path, cluster: Cluster, parameters: dict[s
     """Hand `command` to the queue, keep log and job files in `folder`, and return the job id."""
     try:
         import submitit
+        from submitit.core.utils import FailedJobError
     except ModuleNotFoundError as error:
         raise ConfigError("submit: submitit is not installed; pip install 'spire-dist[slurm]'") from error
     if cluster == "slurm" and (shutil.which("sbatch") is None or shutil.which("srun") is None):
@@ -113,7 +114,7 @@ def queue(command: list[str], folder: Path, cluster: Cluster, parameters: dict[s
     executor.update_parameters(**parameters)
     try:
         return executor.submit(Job(tuple(command))).job_id
-    except submitit.core.utils.FailedJobError as error:
+    except FailedJobError as error:
         if new_folders:
             shutil.rmtree(new_folders[0])
         raise RunError(f"sbatch refused the job: {_last_line(str(error))}") from error

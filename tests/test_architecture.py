@@ -35,11 +35,11 @@ OWNERS: dict[str, tuple[str, ...]] = {
 MAX_LINES = 500
 
 FORBIDDEN_TEXT = {
-    "a package index": re.compile(r"--(extra-)?index-url|--find-links|pypi\.org|pythonhosted|download\.pytorch\.org"),
+    "a package index": re.compile(r"--(extra-)?index-url|--find[-]links|pypi\.org|pythonho[s]ted|download\.pytorch\.org"),
     "a path of one machine": re.compile(r"(?<![\w.])/(work|root|opt|Users|tmp)/\w|(?<![\w.])/home/(?!you\b)\w"),
 }
 
-Sources = Mapping[str, str]
+Sources = dict[str, str]
 """Module name -> source text."""
 
 
