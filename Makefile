@@ -42,14 +42,13 @@ $(VENV)/installed-for-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 # ---- demo: the README's commands, one after the other
 
 DEMO_SIMULATE ?=
-DEMO_TRAIN ?=
+DEMO_TRAIN ?= --preset demo
 
 demo: $(VENV)/installed-for-use
 	spire-dist simulate demo/data $(DEMO_SIMULATE)
 	spire-dist prep demo/data/particles.star demo/store
-	spire-dist train demo/data/config.toml --run demo/run $(DEMO_TRAIN)
+	spire-dist train --store demo/store --run demo/run $(DEMO_TRAIN)
 	spire-dist evaluate demo/run demo/data
-	spire-dist report demo/run
 	@echo "open demo/run/report.html"
 
 # ---- checks: all of them run, then one line says which failed

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from spire_dist.config import load_config
 from spire_dist.errors import ConfigError, RunError, Stopped
@@ -69,7 +69,7 @@ def job_parameters(
     *, name: str, partition: str | None, time_min: int, gpus: int, cpus: int, memory_gib: float, sbatch: Sequence[str]
 ) -> dict[str, Any]:
     """What a one-node job needs, under submitit's names."""
-    for option, value in {"--time": time_min, "--cpus": cpus, "--memory": memory_gib}.items():
+    for option, value in {"--time-min": time_min, "--cpus": cpus, "--memory-gib": memory_gib}.items():
         if value <= 0:
             raise ConfigError(f"{option} {value}: must be above 0")
     if gpus < 0:
@@ -98,6 +98,8 @@ def _sbatch_option(text: str) -> tuple[str, str | bool]:
 
 def queue(command: list[str], folder: Path, cluster: Cluster, parameters: dict[str, Any]) -> str:
     """Hand `command` to the queue, keep log and job files in `folder`, and return the job id."""
+    if cluster not in get_args(Cluster):
+        raise ConfigError(f"--cluster {cluster}: not known; choose one of {', '.join(get_args(Cluster))}")
     try:
         import submitit
         from submitit.core.utils import FailedJobError

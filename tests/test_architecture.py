@@ -35,7 +35,9 @@ OWNERS: dict[str, tuple[str, ...]] = {
 MAX_LINES = 500
 
 FORBIDDEN_TEXT = {
-    "a package index": re.compile(r"--(extra-)?index-url|--find[-]links|pypi\.org|pythonho[s]ted|download\.pytorch\.org"),
+    "a package index": re.compile(
+        r"--(extra-)?index-url|--find[-]links|pypi\.org|pythonho[s]ted|download\.pytorch\.org"
+    ),
     "a path of one machine": re.compile(r"(?<![\w.])/(work|root|opt|Users|tmp)/\w|(?<![\w.])/home/(?!you\b)\w"),
 }
 
@@ -53,7 +55,7 @@ def read_sources() -> Sources:
 
 def imported_names(module: str, source: str, *, module_level: bool = False) -> set[str]:
     """Dotted names that `module` imports, anywhere in it or only when it is itself imported."""
-    tree = ast.parse(source)
+    tree = ast.parse(source, filename=module)
     nodes: Iterable[ast.AST] = _nodes_outside_functions(tree) if module_level else ast.walk(tree)
     names: set[str] = set()
     for node in nodes:

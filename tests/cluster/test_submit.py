@@ -202,7 +202,7 @@ def test_no_slurm_here_names_the_way_out(tmp_path: Path, config: Path, monkeypat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"time_min": 0}, "--time 0: must be above 0"),
+        ({"time_min": 0}, "--time-min 0: must be above 0"),
         ({"gpus": -1}, "--gpus -1: must be 0 or more"),
         ({"sbatch": ["account="]}, "--sbatch 'account='"),
         ({"sbatch": ["=lab"]}, "--sbatch '=lab'"),
@@ -212,6 +212,11 @@ def test_wrong_request_names_the_option(change: dict, message: str):
     with pytest.raises(ConfigError) as caught:
         job_parameters(**({"name": "test", "sbatch": ()} | SMALL | change))
     assert str(caught.value).startswith(message)
+
+
+def test_unknown_cluster_names_the_known_ones(tmp_path: Path, config: Path):
+    with pytest.raises(ConfigError, match="--cluster pbs: not known; choose one of slurm, local"):
+        submit(config, tmp_path / "run", cluster="pbs")  # type: ignore[arg-type]
 
 
 def test_mistake_in_the_config_is_told_before_the_queue(tmp_path: Path, slurm_commands: Path, config: Path):
