@@ -82,11 +82,21 @@ class Plan:
         return self.options.radius_a or BACKGROUND_RADIUS * self.extent_a
 
 
-def make_plan(source: Path, datadir: Path | None, poses: Path | None, labels: Path | None, options: Options) -> Plan:
-    """Read all metadata, check it against the stacks' headers and choose the common grid."""
+def make_plan(
+    source: Path,
+    datadir: Path | None,
+    poses: Path | None,
+    labels: Path | None,
+    options: Options,
+    stack_paths: list[Path] | None = None,
+) -> Plan:
+    """Read all metadata, check it against the stacks' headers and choose the common grid.
+
+    `stack_paths` are the table's stacks in its order, where they are known already; else they are looked for.
+    """
     _check_options(options)
     table = read_particles(source, pixel_size=options.pixel_size, no_ctf=options.no_ctf)
-    paths = [find_stack(name, source, datadir) for name in table.image_paths]
+    paths = stack_paths or [find_stack(name, source, datadir) for name in table.image_paths]
     stacks = [open_stack(path) for path in progress(paths, "stacks", unit="file")]
     boxes = _check_slices(table, stacks)
     extents_a = boxes * table.pixel_size_a

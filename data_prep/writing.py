@@ -122,13 +122,19 @@ def write_manifest(store: Path, attributes: dict[str, Any]) -> None:
     paths = [store / "zarr.json", store / "images" / "zarr.json", *tables]
     files = {str(path.relative_to(store)): _size_and_hash(path) for path in paths}
     files |= {shard_name(shard): json.loads(_note(store, shard).read_text()) for shard in _shards(attributes)}
-    # The group's own zarr.json names the inputs' folders: without it, the fingerprint says what is stored and not
-    # where it came from.
-    content = {name: entry["sha256"] for name, entry in sorted(files.items()) if name != "zarr.json"}
-    identity = json.dumps([content, attributes["pixel_size_a"], attributes["has_poses"]], sort_keys=True)
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+    fingerprint = content_fingerprint(files, attributes)
     manifest = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "files": dict(sorted(files.items()))}
     _write_json(store / MANIFEST_NAME, manifest)
+
+
+def content_fingerprint(files: dict[str, dict[str, Any]], attributes: dict[str, Any]) -> str:
+    """One hash of what is stored: images, poses, CTF and pixel size, whatever folder they came from.
+
+    The group's own zarr.json is left out, for it names the inputs' folders.
+    """
+    hashes = {name: entry["sha256"] for name, entry in files.items() if name != "zarr.json"}
+    identity = json.dumps([hashes, attributes["pixel_size_a"], attributes["has_poses"]], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def shard_rows(attributes: dict[str, Any], shard: int) -> range:

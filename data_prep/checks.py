@@ -1,0 +1,194 @@
+"""Is a store what it says? `verify_store` compares it with its hashes and its source, `inspect_store` describes it.
+
+Called by `spire-dist verify` and `spire-dist inspect`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.images import background_mask, background_statistics
+from data_prep.picture import draw_picture
+from data_prep.plan import Options, make_plan, stored_images
+from data_prep.writing import content_fingerprint, file_hash, shard_name, shard_rows
+from spire_dist.data.store import ParticleStore, read_manifest
+from spire_dist.errors import SpireError
+from spire_dist.progress import progress
+from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME
+
+IMAGES_COMPARED = 64
+
+
+def verify_store(store: Path, *, source: bool = True) -> list[str]:
+    """Problems of a finished store, one line each; none means it is good.
+
+    Every file is compared with its hash in the manifest. With `source`, the inputs must also be what they were, and
+    a sample of images is made from them again and compared. Raises `StoreError` where the store is unfinished.
+    """
+    store = Path(store)
+    particles = ParticleStore.open(store)
+    problems = _damaged_files(store, particles.attributes)
+    if source:
+        changed = _changed_inputs(particles.attributes)
+        problems += changed
+        if not changed:
+            problems += _different_images(particles)
+    return problems
+
+
+def inspect_store(store: Path, picture: Path | None = None) -> str:
+    """A description of a store in plain text, and, where `picture` is given, a PNG of what its particles look like."""
+    particles = ParticleStore.open(Path(store))
+    text = "\n".join(f"{name:<13}{value}" for name, value in _facts(particles))
+    if picture is not None:
+        draw_picture(particles, Path(picture))
+        text += f"\n{'picture':<13}{picture}"
+    return text
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def _damaged_files(store: Path, attributes: dict[str, Any]) -> list[str]:
+    manifest = read_manifest(store)
+    size = attributes["images_per_shard"]
+    rows_of = {shard_name(i): shard_rows(attributes, i) for i in range(-(-attributes["count"] // size))}
+    problems = []
+    for name, entry in progress(manifest["files"].items(), "verify", total=len(manifest["files"]), unit="file"):
+        path = store / name
+        if not path.is_file():
+            found = "is missing"
+        elif path.stat().st_size != entry["bytes"]:
+            found = f"has {path.stat().st_size} bytes, expected {entry['bytes']}"
+        elif file_hash(path) != entry["sha256"]:
+            found = "is damaged (its sha256 is not the manifest's)"
+        else:
+            continue
+        if name in rows_of:
+            rows = rows_of[name]
+            found += f": particles {rows.start} to {rows.stop - 1} of the store"
+            remedy = f"delete it and {MANIFEST_NAME}, then run the same prep command again"
+        else:
+            remedy = "delete the store and run the same prep command again"
+        problems.append(f"{path}: {found}; {remedy}")
+    if content_fingerprint(manifest["files"], attributes) != manifest["fingerprint"]:
+        problems.append(f"{store / MANIFEST_NAME}: its fingerprint is not that of its files; make the store again")
+    return problems
+
+
+def _changed_inputs(attributes: dict[str, Any]) -> list[str]:
+    problems = []
+    for entry in attributes["inputs"]:
+        path = Path(entry["path"])
+        if not path.is_file():
+            problems.append(f"{path}: the {entry['role']} file is gone, so the store cannot be compared with it")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{path}: has {path.stat().st_size} bytes, had {entry['bytes']} when the store was made")
+        elif "sha256" in entry and file_hash(path) != entry["sha256"]:
+            problems.append(f"{path}: its content changed since the store was made; make another store from it")
+    return problems
+
+
+def _different_images(particles: ParticleStore) -> list[str]:
+    """A sample of particles, made from the source again."""
+    attributes = particles.attributes
+    paths: dict[str, list[Path]] = {}
+    for entry in attributes["inputs"]:
+        paths.setdefault(entry["role"], []).append(Path(entry["path"]))
+    poses, labels = (paths[role][0] if role in paths else None for role in ("poses", "labels"))
+    rows = np.unique(np.linspace(0, particles.count - 1, IMAGES_COMPARED).astype(np.int64))
+    source_rows = particles.source_index[rows]
+    try:
+        plan = make_plan(
+            paths["particles"][0], None, poses, labels, Options(**attributes["options"]), stack_paths=paths["stack"]
+        )
+        expected = stored_images(plan, source_rows, attributes["sign"]["applied"]).astype(np.float32)
+        found = particles.read(rows)
+    except SpireError as error:
+        return [str(error)]
+    # Another machine's arithmetic may round the last bit of a float16 differently.
+    differs = (np.abs(found - expected) > 2e-3 * (1 + np.abs(expected))).any(axis=(1, 2))
+    differs |= (particles.ctf[rows] != plan.table.ctf[source_rows]).any(axis=1)
+    return [
+        f"{particles.path}: particle {row} is not what row {source_row + 1} of {plan.table.source} gives now"
+        for row, source_row in zip(rows[differs], source_rows[differs], strict=True)
+    ]
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def _facts(particles: ParticleStore) -> list[tuple[str, str]]:
+    """(name, value) lines, in the order a microscopist asks."""
+    attributes = particles.attributes
+    ctf = dict(zip(CTF_COLUMNS, particles.ctf.T, strict=True))
+    defocus_a = (ctf["defocus_u_a"] + ctf["defocus_v_a"]) / 2
+    side_a = particles.box * particles.pixel_size
+    size = particles.count * particles.box**2 * np.dtype(particles.image_dtype).itemsize
+    facts = [
+        ("store", str(particles.path)),
+        ("particles", f"{particles.count}, {size / 2**20:.4g} MiB as {particles.image_dtype}"),
+        ("images", f"{particles.box} px at {particles.pixel_size:.4g} Å/px = {side_a:.4g} Å"),
+        ("contrast", _sign_text(attributes["sign"])),
+        ("background", _background_text(particles)),
+        ("poses", _pose_text(particles)),
+    ]
+    if attributes["has_ctf"]:
+        facts += [
+            ("defocus", f"{_range(defocus_a)} Å, astigmatism {_range(ctf['defocus_u_a'] - ctf['defocus_v_a'])} Å"),
+            (
+                "microscope",
+                f"{_range(ctf['voltage_kv'])} kV, Cs {_range(ctf['cs_mm'])} mm, amplitude contrast "
+                f"{_range(ctf['amplitude_contrast'])}, phase shift {_range(ctf['phase_shift_deg'])}°",
+            ),
+        ]
+    else:
+        facts.append(("CTF", "none (images without a microscope)"))
+    for i, group in enumerate(attributes["optics_groups"]):
+        boxes, sizes = "/".join(map(str, group["boxes"])), "/".join(f"{s:.4g}" for s in group["pixel_sizes_a"])
+        text = f"{group['name']}: {group['count']} particles, {boxes} px at {sizes} Å/px in the input"
+        facts.append(("optics" if i == 0 else "", text))
+    if attributes["ignored_effects"]:
+        facts.append(("left out", f"{', '.join(attributes['ignored_effects'])}: in the input, not in the image model"))
+    if particles.label is not None:
+        facts.append(("labels", f"{len(np.unique(particles.label))} true state(s)"))
+    source = attributes["inputs"][0]
+    stacks = sum(entry["role"] == "stack" for entry in attributes["inputs"])
+    facts += [
+        ("source", f"{source['path']} (sha256 {source['sha256'][:12]}), {stacks} image file(s)"),
+        ("fingerprint", particles.fingerprint),
+    ]
+    return facts
+
+
+def _sign_text(sign: dict[str, Any]) -> str:
+    applied = "kept as it was" if sign["applied"] > 0 else "inverted"
+    how = {"option": "as asked", "blob/sign": "as cryoSPARC's blob/sign says"}.get(sign["found_by"])
+    if how is None:
+        how = f"found from the centres of {sign['images']} images: {sign['contrast']:.2g} ± {sign['spread']:.2g}"
+    return f"protein is positive; the input's contrast was {applied} ({how})"
+
+
+def _background_text(particles: ParticleStore) -> str:
+    if not particles.attributes["normalised"]:
+        return "left as it was"
+    radius_a = particles.attributes["background_radius_a"]
+    rows = np.unique(np.linspace(0, particles.count - 1, 256).astype(np.int64))
+    mask = background_mask(particles.box, radius_a / particles.pixel_size)
+    mean, deviation = background_statistics(particles.read(rows), mask)
+    measured = f"mean {mean.mean():.2f}, standard deviation {deviation.mean():.2f}"
+    return f"normalised outside {radius_a:.4g} Å of the centre: {measured} in {len(rows)} images"
+
+
+def _pose_text(particles: ParticleStore) -> str:
+    if not particles.has_poses:
+        return "none: good for looking at, not for training"
+    length_a = np.linalg.norm(particles.shifts, axis=1)
+    return f"known; shifts {np.sqrt((length_a**2).mean()):.2g} Å r.m.s., at most {length_a.max():.3g} Å"
+
+
+def _range(values: NDArray[np.float32]) -> str:
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.5g}" if low == high else f"{low:.5g} to {high:.5g}"
