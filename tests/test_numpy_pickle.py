@@ -1,0 +1,73 @@
+"""The restricted unpickler: arrays come in as pickle would load them, anything else is refused before it runs."""
+
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spire_dist import numpy_pickle
+from spire_dist.errors import SourceError
+
+
+class _RunsCode:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_arrays_in_containers_come_back_equal_at_every_protocol(tmp_path, protocol):
+    content = (
+        np.arange(12, dtype=np.float32).reshape(3, 4),
+        {"labels": [np.array([1, -2, 3]), np.float64(2.5)], "name": "å", "none": None},
+        np.asfortranarray(np.eye(3)),
+    )
+    path = tmp_path / "content.pkl"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    loaded = numpy_pickle.load(path)
+    np.testing.assert_array_equal(loaded[0], content[0])
+    assert loaded[0].dtype == np.float32
+    np.testing.assert_array_equal(loaded[1]["labels"][0], content[1]["labels"][0])
+    assert (loaded[1]["labels"][1], loaded[1]["name"], loaded[1]["none"]) == (2.5, "å", None)
+    np.testing.assert_array_equal(loaded[2], np.eye(3))
+
+
+@pytest.mark.parametrize("hide_in", [lambda x: x, lambda x: (np.eye(3), [x]), lambda x: np.array([x], dtype=object)])
+def test_a_pickle_that_would_run_a_command_is_refused_and_does_not_run_it(tmp_path, refusal, hide_in):
+    trace = tmp_path / "it_ran"
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps(hide_in(_RunsCode(f"touch {trace}"))))
+    refusal(SourceError, [str(path), "system"], lambda: numpy_pickle.load(path))
+    assert not trace.exists()
+
+
+def test_other_classes_are_refused_by_name(tmp_path, refusal):
+    path = tmp_path / "ordered.pkl"
+    path.write_bytes(pickle.dumps(OrderedDict(a=1)))
+    refusal(SourceError, ["collections.OrderedDict"], lambda: numpy_pickle.load(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"_rlnImageName #1\n", pickle.dumps(np.eye(3))[:-20]])
+def test_a_file_that_is_no_pickle_or_is_cut_short_is_refused_in_one_line(tmp_path, refusal, content):
+    path = tmp_path / "broken.pkl"
+    path.write_bytes(content)
+    refusal(SourceError, [str(path)], lambda: numpy_pickle.load(path))
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path, refusal):
+    refusal(SourceError, ["absent.pkl", "No such file"], lambda: numpy_pickle.load(tmp_path / "absent.pkl"))
+
+
+@pytest.mark.parametrize("name", ["pose.star.pkl", "ctf1.pkl", "test_ctf.pkl", "toy_rot_trans.pkl"])
+def test_cryodrgns_own_pickles_load_as_pickle_loads_them(shared_data: Path, name):
+    path = shared_data / "particles/ml-struct-bio+cryodrgn/tests/data" / name
+    expected, loaded = pickle.loads(path.read_bytes()), numpy_pickle.load(path)
+    assert type(loaded) is type(expected)
+    pairs = zip(expected, loaded, strict=True) if isinstance(expected, tuple) else [(expected, loaded)]
+    for one, other in pairs:
+        np.testing.assert_array_equal(one, other)
