@@ -45,7 +45,11 @@ class CoarseMixture(nn.Module):
 
 
 class HierarchicalMixture(nn.Module):
-    """Stage 2: Gaussians ride on anchors that move rigidly, with a small shift of their own."""
+    """Stage 2: Gaussians ride on anchors that move rigidly, with a small shift of their own.
+
+    Gaussians come sorted by anchor (`anchor_of` [N] ascending), so that an anchor's Gaussians are one slice: no gather, whose
+    backward pass would add in an order that changes from run to run.
+    """
 
     anchor_of: Tensor
 
@@ -60,8 +64,10 @@ class HierarchicalMixture(nn.Module):
     ) -> None:
         super().__init__()
         features = gaussians.features.shape[1]
+        assert (anchor_of.diff() >= 0).all(), "Gaussians must be sorted by anchor"
         self.gaussians = gaussians
         self.register_buffer("anchor_of", anchor_of.clone())
+        self.sizes = torch.bincount(anchor_of, minlength=len(anchor_centres_px)).tolist()
         self.anchor_centres = nn.Parameter(anchor_centres_px.clone())
         self.anchor_features = nn.Parameter(anchor_features.clone())
         self.motion = PairNetwork(latent, features, config.anchor_hidden, config.anchor_layers, 9)
@@ -77,15 +83,19 @@ class HierarchicalMixture(nn.Module):
 
     def features(self) -> Tensor:
         """Features [N, E] of the Gaussians: their anchor's and their own share (equation 3)."""
-        return self.anchor_features[self.anchor_of] + self.gaussians.features
+        shared = [row.expand(size, -1) for row, size in zip(self.anchor_features, self.sizes, strict=True)]
+        return torch.cat(shared) + self.gaussians.features
+
+    def rigid_centres(self, latents: Tensor) -> Tensor:
+        """Latents [B, L] -> centres [B, N, 3] px of Gaussians held rigidly to their anchors: R_a dc_i + ca_a + t_a."""
+        rotations, anchors = self.anchor_motion(latents)
+        slices = enumerate(self.gaussians.offsets.split(self.sizes))
+        return torch.cat([own @ rotations[:, a].transpose(1, 2) + anchors[:, a, None] for a, own in slices], dim=1)
 
     def deform(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, L] -> centres [B, N, 3] px from the centre of the box, peak densities [B, N]."""
         own, features = self.gaussians, self.features()
-        rotations, anchors = self.anchor_motion(latents)
-        frames = torch.cat([rotations, anchors[..., None]], dim=-1)[:, self.anchor_of]  # [B, N, 3, 4]
-        rigid = (frames[..., :3] @ own.offsets[:, :, None])[..., 0] + frames[..., 3]
-        centres = rigid + self.motion_px * self.shift(latents, features)
+        centres = self.rigid_centres(latents) + self.motion_px * self.shift(latents, features)
         amplitudes = own.peak_densities() * torch.sigmoid(self.occupancy(latents, features)[..., 0])
         return centres, amplitudes
 

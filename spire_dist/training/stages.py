@@ -94,17 +94,20 @@ def seed_hierarchy(mixture: CoarseMixture, parts: Parts, latents: Tensor, config
     widths = own.widths_px().detach()
 
     # The motion network first learns on the coarse Gaussians themselves, held rigidly to their anchors.
+    order = torch.argsort(anchor_of, stable=True)
     rigid = HierarchicalMixture(
-        Gaussians(centres[0] - anchor_centres[anchor_of], widths, torch.zeros_like(own.features)),
-        anchor_of, anchor_centres, anchor_features, config.latent.dimension, config.stage2,
+        Gaussians((centres[0] - anchor_centres[anchor_of])[order], widths[order], torch.zeros_like(own.features)),
+        anchor_of[order], anchor_centres, anchor_features, config.latent.dimension, config.stage2,
     )  # fmt: skip
-    _distil(rigid, samples, centres, masses, config.stage2, rng)
+    _distil(rigid, samples, centres[:, order], masses[:, order], config.stage2, rng)
 
     weights = masses.double().flatten().numpy()
     edges = np.cumsum(weights)
     count = config.stage2.gaussians
     drawn = np.searchsorted(edges, (np.arange(count) + rng.random(count)) * edges[-1] / count).clip(max=len(edges) - 1)
     state, parent = (torch.from_numpy(i) for i in np.unravel_index(drawn, masses.shape))
+    by_anchor = torch.argsort(anchor_of[parent], stable=True)
+    state, parent = state[by_anchor], parent[by_anchor]
     with torch.no_grad():
         rotations, moved = rigid.anchor_motion(samples)
         a = anchor_of[parent]
@@ -132,10 +135,8 @@ def _distil(
         rows = torch.from_numpy(rng.integers(0, len(samples), DISTIL_BATCH))
         for group in optimiser.param_groups:
             group["lr"] = DISTIL_RATE * (1 - step / config.distil_steps)
-        rotations, moved = rigid.anchor_motion(samples[rows])
-        offsets = rigid.gaussians.offsets.detach()
-        placed = (rotations[:, rigid.anchor_of] @ offsets[:, :, None])[..., 0] + moved[:, rigid.anchor_of]
-        loss = (weights[rows] * (placed - centres[rows]).square().sum(-1)).sum(1).mean()
+        distances = (rigid.rigid_centres(samples[rows]) - centres[rows]).square().sum(-1)
+        loss = (weights[rows] * distances).sum(1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

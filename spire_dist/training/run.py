@@ -1,0 +1,161 @@
+"""A run directory: what it is made with, how it is continued, and how a finished one is read back.
+
+    config.toml  command.txt  environment.json  STATUS.json  metrics.jsonl  tb/  checkpoints/  latest
+    volumes/consensus*.mrc  latents.npy  parts.npy  stage1/ (the coarse model as it ended, laid out like the run itself)
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spire_dist import __version__
+from spire_dist.config import RunConfig, dump_config, load_config
+from spire_dist.data.store import ParticleStore
+from spire_dist.distributed.checkpoint import load_checkpoint, write_durably
+from spire_dist.errors import ConfigError, RunError
+from spire_dist.model.gaussians import Gaussians
+from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
+from spire_dist.physics.projector import render_volume
+
+FREE_TO_CHANGE = ("output", "threads", "device")
+"""Settings that may differ when a run is continued; all others decide what is computed."""
+
+
+def open_run(run: Path, config: RunConfig, store: ParticleStore) -> None:
+    """Make a run directory, or check that an existing one is of the same configuration and particles.
+
+    Raises ConfigError naming the first setting that differs, RunError where the directory cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "volumes").mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{run}: cannot be made ({error.strerror}); choose a run directory you may write to") from error
+    if (run / "config.toml").exists():
+        _refuse_other_config(run, config)
+        known = json.loads((run / "environment.json").read_text())["store_fingerprint"]
+        if known != store.fingerprint:
+            raise RunError(f"{run}: was started on particles with fingerprint {known[:12]}, {store.path} has "
+                           f"{store.fingerprint[:12]}; train on the original store or choose a new --run")  # fmt: skip
+        return
+    packages = ("torch", "numpy", "numba", "zarr")
+    environment = {
+        "store_fingerprint": store.fingerprint,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {"spire_dist": __version__} | {name: version(name) for name in packages},
+    }
+    (run / "command.txt").write_text(" ".join(sys.argv) + "\n")
+    (run / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    write_durably(run / "config.toml", dump_config(config))
+
+
+def _refuse_other_config(run: Path, config: RunConfig) -> None:
+    old, new = load_config(run / "config.toml").model_dump(), config.model_dump()
+    for section, value in new.items():
+        if section in FREE_TO_CHANGE or value == old[section]:
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(f"{section} = {value}: {run} was started with {old[section]}; use that, or a new --run")
+        key = next(key for key in value if value[key] != old[section][key])
+        if (section, key) == ("data", "resident_gib"):
+            continue
+        raise ConfigError(f"{section}.{key} = {value[key]}: {run} was started with {old[section][key]}; use that, or a new --run")
+
+
+def write_status(run: Path, state: str, stage: int, step: int, message: str = "") -> None:
+    """STATUS.json: `training`, `stopped`, `failed` or `complete`, readable by any tool at any moment."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record = {"state": state, "stage": stage, "step": step, "time": now, "pid": os.getpid(), "message": message}
+    write_durably(run / "STATUS.json", json.dumps(record) + "\n")
+
+
+def mixture_from_state(state: dict[str, Any], config: RunConfig) -> Mixture:
+    """The model of a checkpoint's stage, with the checkpoint's shapes and values."""
+    saved = state["mixture"]
+    gaussians = Gaussians(
+        saved["gaussians.offsets"], saved["gaussians.log_widths"].exp(), saved["gaussians.features"], float(saved["gaussians.unit"])
+    )
+    mixture: Mixture
+    if state["stage"] == 1:
+        mixture = CoarseMixture(gaussians, config.latent.dimension, config.stage1)
+    else:
+        mixture = HierarchicalMixture(
+            gaussians, saved["anchor_of"], saved["anchor_centres"], saved["anchor_features"], config.latent.dimension, config.stage2
+        )
+    mixture.load_state_dict(saved)
+    return mixture
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A trained run, for looking at: everything in Å and numpy. G Gaussians, N particles, latents of L numbers."""
+
+    path: Path
+    config: RunConfig
+    store: ParticleStore
+    mixture: Mixture
+    stage: int
+    latents: NDArray[np.float32]
+    """[N, L], in the store's row order."""
+    parts: NDArray[np.int64]
+    """[G], the part of every Gaussian (of stage 1: its feature cluster's anchor)."""
+
+    @property
+    def box(self) -> int:
+        """Side of the maps in voxels."""
+        return self.store.box
+
+    @property
+    def pixel_size(self) -> float:
+        """Å per voxel."""
+        return self.store.pixel_size
+
+    @property
+    def consensus(self) -> Path:
+        """The map the run was seeded from."""
+        return self.path / "volumes" / "consensus.mrc"
+
+    @property
+    def widths(self) -> NDArray[np.float32]:
+        """Standard deviations [G] in Å."""
+        return self.mixture.gaussians.widths_px().detach().numpy() * self.pixel_size
+
+    @torch.no_grad()
+    def decode(self, latents: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Latents [B, L] -> centres [B, G, 3] Å from the centre of the box, peak densities [B, G]."""
+        centres, amplitudes = self.mixture.deform(torch.from_numpy(np.asarray(latents, dtype=np.float32)))
+        return centres.numpy() * self.pixel_size, amplitudes.numpy()
+
+    def volume(self, latent: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The map [D, D, D] at a latent [L]."""
+        centres, amplitudes = self.decode(np.asarray(latent)[None])
+        tensors = (torch.from_numpy(a) for a in (centres[0], amplitudes[0], self.widths))
+        return render_volume(*tensors, self.box, self.pixel_size).numpy()
+
+
+def load_run(run: Path, stage: int | None = None) -> FinishedRun:
+    """A run whose training has ended (stage 2), or the coarse model it went through (stage=1). Raises RunError."""
+    if not (run / "config.toml").exists():
+        raise RunError(f"{run}: not a run directory (no config.toml); give the --run of a `spire-dist train`")
+    config = load_config(run / "config.toml")
+    folder = run / "stage1" if stage == 1 else run
+    state = load_checkpoint(folder)
+    if state is None or not (folder / "latents.npy").exists():
+        raise RunError(f"{folder}: training has not ended; run `spire-dist train --run {run}` again to go on")
+    mixture = mixture_from_state(state, config).eval()
+    latents, parts = np.load(folder / "latents.npy"), np.load(folder / "parts.npy")
+    return FinishedRun(run, config, ParticleStore.open(config.data.store), mixture, state["stage"], latents, parts)

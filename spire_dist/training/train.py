@@ -1,0 +1,192 @@
+"""`train`: a whole run, from particles to parts, latents and a trained hierarchy; going on where it stopped."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
+from torch import Tensor
+
+from spire_dist.config import RunConfig
+from spire_dist.data.loader import BatchSource
+from spire_dist.data.store import ParticleStore
+from spire_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
+from spire_dist.distributed.stopping import StopFlag
+from spire_dist.errors import ConfigError, SourceError, SpireError, Stopped
+from spire_dist.maps import read_map, write_map
+from spire_dist.model.latents import Latents, LatentTable, build_latents
+from spire_dist.model.mixtures import Mixture
+from spire_dist.training.consensus import back_project
+from spire_dist.training.metrics import RunLog, say
+from spire_dist.training.run import mixture_from_state, open_run, write_status
+from spire_dist.training.stages import find_parts, seed_coarse, seed_hierarchy
+from spire_dist.training.trainer import Trainee, build_optimisers, train_stage
+
+SAMPLE_IMAGES = 512
+"""Images the seed's amplitude is fitted to."""
+STEPS_PER_STAGE = 10**8
+"""Checkpoints are numbered by stage and step in it, in one number that sorts."""
+
+
+def train(config: RunConfig, run: Path) -> None:
+    """Train both stages into the directory `run`, or go on with what is there; returns when all is done.
+
+    Raises ConfigError, StoreError or RunError for what the user can mend, Stopped (exit code 75) after saving on request.
+    """
+    store = ParticleStore.open(config.data.store)
+    device = _choose_device(config)
+    _use_threads(config.threads)
+    if not store.has_poses:
+        raise ConfigError(f"data.store = {store.path}: prepared without poses; prepare it from a file with poses (or --poses)")
+    open_run(run, config, store)
+    state = load_checkpoint(run)
+    where = (state["stage"], state["step"]) if state else (1, 0)
+    if state is not None and (run / "latents.npy").exists():
+        say(f"{run}: training is complete (stage 2, step {where[1]})")
+        return
+    write_status(run, "training", *where)
+    try:
+        with StopFlag() as stop:
+            source = BatchSource(store, config.data.resident_gib)
+            log = RunLog(run, config.output.log_seconds, state["elapsed_s"] if state else 0.0)
+            volume = consensus_map(run, source, config)
+            if state is None or state["stage"] == 1:
+                state = _first_stage(run, source, config, volume, state, device, log, stop)
+            _second_stage(run, source, config, state, device, log, stop)
+            log.close()
+    except SpireError as error:
+        reached = load_checkpoint(run)
+        where = (reached["stage"], reached["step"]) if reached else where
+        write_status(run, "stopped" if isinstance(error, Stopped) else "failed", *where, str(error))
+        raise
+    write_status(run, "complete", 2, load_checkpoint(run)["step"])  # type: ignore[index]
+
+
+def consensus_map(run: Path, source: BatchSource, config: RunConfig) -> NDArray[np.float32]:
+    """The seed map [D, D, D] of a run: the one given, resampled to the store's box, or the back-projected particles."""
+    path, box, pixel_size = run / "volumes" / "consensus.mrc", source.store.box, source.store.pixel_size
+    if path.exists():
+        return read_map(path)[0]
+    if config.consensus.map is not None:
+        volume = _resample(*read_map(config.consensus.map), box, pixel_size)
+    else:
+        volume, halves = back_project(source, config.consensus.padding)
+        for number, half in enumerate(halves, start=1):
+            write_map(path.with_name(f"consensus_half{number}.mrc"), half, pixel_size)
+    if not volume.max() > 0:
+        raise SourceError(f"{config.consensus.map or source.store.path}: the consensus map has no positive density; check the sign")
+    write_map(path, volume, pixel_size)
+    return volume
+
+
+def all_latents(latents: Latents, source: BatchSource) -> Tensor:
+    """Latents [N, L] of all particles in store order, on the CPU."""
+    latents = latents.cpu()
+    with torch.no_grad():
+        if isinstance(latents, LatentTable):
+            return latents.rows.weight.detach().clone()
+        batches = source.sequence(SAMPLE_IMAGES)
+        return torch.cat([latents(b.rows, b.images, b.ctf, b.rotations, b.shifts_px) for b in batches])
+
+
+def _first_stage(run, source, config, volume, state, device, log, stop) -> dict[str, Any]:
+    """Stage 1 to its end; returns its last state, which is also kept in `stage1/`."""
+    torch.manual_seed(config.seed)
+    mixture = seed_coarse(volume, config, source.batch(np.arange(min(SAMPLE_IMAGES, source.store.count))))
+    latents = build_latents(source.store.count, source.store.box, config.latent, torch.Generator().manual_seed(config.seed))
+    trainee = _trainee(1, mixture, latents, config, device, state)
+    state = _train(run, source, config, trainee, log, stop)
+    if not (run / "stage1" / "latents.npy").exists():
+        values, cpu_mixture = all_latents(trainee.latents, source), trainee.mixture.cpu()
+        parts = find_parts(cpu_mixture, values, config)  # type: ignore[arg-type]
+        _write_results(run / "stage1", state, values, torch.from_numpy(parts.anchor_of))
+    return state
+
+
+def _second_stage(run, source, config, state, device, log, stop) -> None:
+    """Parts, the hierarchy seeded from stage 1, and its training."""
+    torch.manual_seed(config.seed + 2)
+    if state["stage"] == 1:
+        coarse = mixture_from_state(state, config)
+        values = torch.from_numpy(np.load(run / "stage1" / "latents.npy"))
+        parts = find_parts(coarse, values, config)  # type: ignore[arg-type]
+        sizes = np.bincount(parts.anchor_of)
+        say(f"parts: {len(np.unique(parts.cluster))} clusters of features, {len(parts.anchors)} anchors with "
+            f"{', '.join(map(str, sizes))} Gaussians")  # fmt: skip
+        mixture: Mixture = seed_hierarchy(coarse, parts, values, config)  # type: ignore[arg-type]
+        latents: Latents = LatentTable(values)
+        if config.latent.kind == "encoder":
+            latents = _latents_from_state(state, source, config)
+        trainee = _trainee(2, mixture, latents, config, device, None)
+    else:
+        trainee = _trainee(2, mixture_from_state(state, config), _latents_from_state(state, source, config), config, device, state)
+    state = _train(run, source, config, trainee, log, stop)
+    _write_results(run, state, all_latents(trainee.latents, source), state["mixture"]["anchor_of"])
+
+
+def _trainee(stage, mixture, latents, config, device, state) -> Trainee:
+    """A stage ready to train on `device`, taking over `state` where there is one."""
+    mixture, latents = mixture.to(device), latents.to(device)
+    rates = config.stage1.rates if stage == 1 else config.stage2.rates
+    trainee = Trainee(stage, mixture, latents, build_optimisers(mixture, latents, rates))
+    if state is not None:
+        trainee.restore(state)
+        say(f"going on at stage {stage}, step {trainee.step}")
+    return trainee
+
+
+def _latents_from_state(state: dict[str, Any], source: BatchSource, config: RunConfig) -> Latents:
+    if state["latent_kind"] == "table":
+        return LatentTable(state["latents"]["rows.weight"])
+    latents = build_latents(source.store.count, source.store.box, config.latent, torch.Generator())
+    latents.load_state_dict(state["latents"])
+    return latents
+
+
+def _train(run, source, config, trainee, log, stop) -> dict[str, Any]:
+    """Train one stage to its end and return its last saved state."""
+
+    def save() -> dict[str, Any]:
+        state = trainee.state() | {"elapsed_s": log.elapsed_s, "store_fingerprint": source.store.fingerprint}
+        save_checkpoint(run, trainee.stage * STEPS_PER_STAGE + trainee.step, state, config.output.keep)
+        write_status(run, "training", trainee.stage, trainee.step)
+        return state
+
+    stage = config.stage1 if trainee.stage == 1 else config.stage2
+    train_stage(trainee, source, config, stage, log, stop, save)
+    return save()
+
+
+def _write_results(folder: Path, state: dict[str, Any], latents: Tensor, parts: Tensor) -> None:
+    """latents.npy last: it marks the stage as ended."""
+    folder.mkdir(exist_ok=True)
+    if folder.name == "stage1":
+        save_checkpoint(folder, STEPS_PER_STAGE + state["step"], {k: v for k, v in state.items() if k != "optimisers"}, keep=1)
+    np.save(folder / "parts.npy", parts.numpy())
+    partial = folder / "latents.partial.npy"
+    np.save(partial, latents.numpy())
+    os.replace(partial, folder / "latents.npy")
+
+
+def _resample(volume: NDArray[np.float32], given_a: float, box: int, pixel_size: float) -> NDArray[np.float32]:
+    """A map at another pixel size and box, its centre kept at index D // 2."""
+    points = (np.arange(box) - box // 2) * (pixel_size / given_a) + volume.shape[0] // 2
+    grid = np.meshgrid(points, points, points, indexing="ij")
+    return map_coordinates(volume, grid, order=3, mode="constant").astype(np.float32)
+
+
+def _choose_device(config: RunConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = cuda: this machine has no CUDA device; set device to auto or cpu")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _use_threads(threads: int) -> None:
+    """The same number for torch and the CPU projector; 0 takes the cores this process may use."""
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
