@@ -115,11 +115,10 @@ def resampling_matrix(box_in: int, box_out: int, span: float) -> NDArray[np.floa
     matrix = np.zeros((box_out, box_in))
     nyquist_out = box_in * box_out / span / 2  # in cycles per input box
     for k in range(box_in // 2 + 1):
-        weight = 1.0 if k == 0 else 2.0  # k and -k
-        if abs(k - nyquist_out) < 1e-6 or 2 * k == box_in:
-            weight = 1.0
-        elif k > nyquist_out:
+        if k > nyquist_out + 1e-6:
             break
+        at_an_end = k == 0 or 2 * k == box_in or abs(k - nyquist_out) < 1e-6
+        weight = 1.0 if at_an_end else 2.0  # 2: k and -k
         matrix += weight * np.cos(2 * np.pi * k / box_in * distances)
     return (matrix / box_in).astype(np.float32)
 
