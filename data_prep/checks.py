@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from data_prep.images import background_mask, background_statistics
 from data_prep.picture import draw_picture
 from data_prep.plan import Options, make_plan, stored_images
-from data_prep.writing import content_fingerprint, file_hash, shard_name, shard_rows
-from spire_dist.data.store import ParticleStore, read_manifest
+from data_prep.writing import content_fingerprint, file_hash, shard_rows
+from spire_dist.data.store import SHARDS, ParticleStore, read_manifest
 from spire_dist.errors import SpireError
 from spire_dist.progress import progress
 from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME
@@ -28,13 +28,22 @@ def verify_store(store: Path, *, source: bool = True) -> list[str]:
     a sample of images is made from them again and compared. Raises `StoreError` where the store is unfinished.
     """
     store = Path(store)
+    manifest = read_manifest(store)
+    shards = {name: entry for name, entry in manifest["files"].items() if name.startswith(SHARDS)}
+    tables = {name: entry for name, entry in manifest["files"].items() if name not in shards}
+    if broken := _damaged_files(store, tables):  # then nothing that is read from them can be trusted
+        return [f"{path}: {found}; delete the store and run the same prep command again" for path, found in broken]
     particles = ParticleStore.open(store)
-    problems = _damaged_files(store, particles.attributes)
+    problems = []
+    for path, found in _damaged_files(store, shards):
+        rows = shard_rows(particles.attributes, int(path.parts[-3]))
+        remedy = f"delete it and {MANIFEST_NAME}, then run the same prep command again"
+        problems.append(f"{path}: {found}: particles {rows.start} to {rows.stop - 1} of the store; {remedy}")
+    if content_fingerprint(manifest["files"], particles.attributes) != manifest["fingerprint"]:
+        problems.append(f"{store / MANIFEST_NAME}: its fingerprint is not that of its files; make the store again")
     if source:
         changed = _changed_inputs(particles.attributes)
-        problems += changed
-        if not changed:
-            problems += _different_images(particles)
+        problems += changed or _different_images(particles)
     return problems
 
 
@@ -51,31 +60,18 @@ def inspect_store(store: Path, picture: Path | None = None) -> str:
 # --- verify ----------------------------------------------------------------------------------------------------------
 
 
-def _damaged_files(store: Path, attributes: dict[str, Any]) -> list[str]:
-    manifest = read_manifest(store)
-    size = attributes["images_per_shard"]
-    rows_of = {shard_name(i): shard_rows(attributes, i) for i in range(-(-attributes["count"] // size))}
-    problems = []
-    for name, entry in progress(manifest["files"].items(), "verify", total=len(manifest["files"]), unit="file"):
+def _damaged_files(store: Path, files: dict[str, dict[str, Any]]) -> list[tuple[Path, str]]:
+    """(file, what is wrong with it) of those `files` that are not what the manifest says."""
+    damaged = []
+    for name, entry in progress(files.items(), "verify", total=len(files), unit="file"):
         path = store / name
         if not path.is_file():
-            found = "is missing"
+            damaged.append((path, "is missing"))
         elif path.stat().st_size != entry["bytes"]:
-            found = f"has {path.stat().st_size} bytes, expected {entry['bytes']}"
+            damaged.append((path, f"has {path.stat().st_size} bytes, expected {entry['bytes']}"))
         elif file_hash(path) != entry["sha256"]:
-            found = "is damaged (its sha256 is not the manifest's)"
-        else:
-            continue
-        if name in rows_of:
-            rows = rows_of[name]
-            found += f": particles {rows.start} to {rows.stop - 1} of the store"
-            remedy = f"delete it and {MANIFEST_NAME}, then run the same prep command again"
-        else:
-            remedy = "delete the store and run the same prep command again"
-        problems.append(f"{path}: {found}; {remedy}")
-    if content_fingerprint(manifest["files"], attributes) != manifest["fingerprint"]:
-        problems.append(f"{store / MANIFEST_NAME}: its fingerprint is not that of its files; make the store again")
-    return problems
+            damaged.append((path, "is damaged (its sha256 is not the manifest's)"))
+    return damaged
 
 
 def _changed_inputs(attributes: dict[str, Any]) -> list[str]:
@@ -178,7 +174,7 @@ def _background_text(particles: ParticleStore) -> str:
     rows = np.unique(np.linspace(0, particles.count - 1, 256).astype(np.int64))
     mask = background_mask(particles.box, radius_a / particles.pixel_size)
     mean, deviation = background_statistics(particles.read(rows), mask)
-    measured = f"mean {mean.mean():.2f}, standard deviation {deviation.mean():.2f}"
+    measured = f"mean {abs(mean.mean()):.2f}, standard deviation {deviation.mean():.2f}"
     return f"normalised outside {radius_a:.4g} Å of the centre: {measured} in {len(rows)} images"
 
 

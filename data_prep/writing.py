@@ -92,11 +92,12 @@ def _write_shard(
     for i, batch in enumerate(made):
         images[i * IMAGES_PER_CHUNK :][: len(batch)] = batch
         yield
+    path = store / shard_name(shard)
+    path.unlink(missing_ok=True)  # zarr would read a shard that it is to fill only in part
     # An all-zero chunk is written like any other, so that every chunk has a place in its shard.
     with zarr.config.set({"array.write_empty_chunks": True}):
         array = zarr.open_array(store / "images", mode="r+")
         array[rows.start : rows.stop] = images
-    path = store / shard_name(shard)
     _flush(path)
     _write_json(_note(store, shard), _size_and_hash(path))
 

@@ -15,6 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 from spire_dist.errors import StoreError
 from spire_dist.schema import CTF_COLUMNS, IMAGES_PER_CHUNK, MANIFEST_NAME, SCHEMA_VERSION
 
+SHARDS = "images/c/"
+"""What the names of all image files begin with."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ParticleStore:
@@ -55,10 +58,21 @@ class ParticleStore:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        group = zarr.open_group(path, mode="r")
+        for name, entry in manifest["files"].items():  # zarr would take a missing piece of a table for zeros
+            if not name.startswith(SHARDS) and not _has_size(path / name, entry["bytes"]):
+                raise StoreError(f"{path / name}: missing or damaged; `spire-dist verify` checks the whole store")
+        try:
+            group = zarr.open_group(path, mode="r")
+            return cls._from_group(path, group, manifest["fingerprint"])
+        except (KeyError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise StoreError(f"{path}: damaged ({reason}); `spire-dist verify` checks the whole store") from error
+
+    @classmethod
+    def _from_group(cls, path: Path, group: zarr.Group, fingerprint: str) -> "ParticleStore":
         attributes: dict[str, Any] = group.attrs.asdict()
         if tuple(attributes["ctf_columns"]) != CTF_COLUMNS:
-            raise StoreError(f"{path}: CTF columns {attributes['ctf_columns']}, expected {list(CTF_COLUMNS)}")
+            raise ValueError(f"CTF columns {attributes['ctf_columns']}, expected {list(CTF_COLUMNS)}")
         images = _array(group, "images")
         count, box, _ = images.shape
         return cls(
@@ -73,7 +87,7 @@ class ParticleStore:
             source_index=_values(group, "source_index"),
             label=_values(group, "label") if "label" in group else None,
             attributes=attributes,
-            fingerprint=manifest["fingerprint"],
+            fingerprint=fingerprint,
             images_per_shard=(images.shards or images.chunks)[0],
             image_dtype=str(images.dtype),
         )
@@ -149,6 +163,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         found = manifest.get("schema_version")
         raise StoreError(f"{path}: store version {found}, this program reads {SCHEMA_VERSION}; make the store again")
     return manifest
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
