@@ -19,8 +19,8 @@ from scipy.spatial.transform import Rotation
 
 from spire_dist.errors import ConfigError, SourceError
 
-REPRESENTATIVE_ATOMS = ("CA", "P")
-"""The atom that stands for its residue in a protein and in a nucleic acid."""
+REPRESENTATIVE_ATOMS = (("CA", gemmi.Element("C")), ("P", gemmi.Element("P")))
+"""The atom that stands for its residue in a protein, else in a nucleic acid."""
 SELECTION = re.compile(r"(?P<chain>[^:,\s]+)(:(?P<first>-?\d+)(-(?P<last>-?\d+))?)?")
 
 
@@ -55,6 +55,8 @@ class States:
 def read_molecule(paths: Sequence[Path]) -> Molecule:
     """Atoms of the first model of PDB or mmCIF files (.gz too) in their common frame; no hydrogens, no water.
 
+    Of alternative conformations the first counts, and every atom in full, whatever its occupancy.
+
     Raises SourceError where a file is missing, is not an atomic model or holds no atoms.
     """
     coordinates, weights, chains, residues, representative = [], [], [], [], []
@@ -62,10 +64,13 @@ def read_molecule(paths: Sequence[Path]) -> Molecule:
         prefix = f"{path.name.split('.')[0]}." if len(paths) > 1 else ""
         for chain, residue, atom in _heavy_atoms(path):
             coordinates.append(atom.pos.tolist())
-            weights.append(atom.occ * atom.element.atomic_number)
+            weights.append(atom.element.atomic_number)
             chains.append(prefix + chain.name)
             residues.append(residue.seqid.num)
-            representative.append(atom.name in REPRESENTATIVE_ATOMS and atom.element.name in ("C", "P"))
+            stands_for = next(
+                (name for name, element in REPRESENTATIVE_ATOMS if residue.find_atom(name, "*", element)), ""
+            )
+            representative.append(atom.name == stands_for)
     return Molecule(
         coordinates=np.array(coordinates),
         weights=np.array(weights),
