@@ -325,6 +325,16 @@ def test_a_blob_sign_that_the_images_contradict_is_refused(shared_data, tmp_path
     _refuse_prep(refusal, ConfigError, [str(source), "blob/sign is +1", "dark"], source, tmp_path / "store", **options)
 
 
+def test_blob_sign_decides_where_the_images_cannot(shared_data, tmp_path):
+    noise = np.random.default_rng(0).standard_normal((7, 320, 320)).astype(np.float32)
+    with mrcfile.new(tmp_path / "empiar_10076_7.mrc") as mrc:
+        mrc.set_data(noise)
+    options = {"datadir": tmp_path, "allow_missing_poses": True, "box": 32}
+    store = prepare(shared_data / CRYODRGN / "empiar_10076_7.cs", tmp_path / "store", **options)
+    sign = ParticleStore.open(store).attributes["sign"]
+    assert (sign["applied"], sign["found_by"]) == (-1, "blob/sign")
+
+
 def test_noise_free_images_are_refused_unless_normalising_is_off(tmp_path, write_particles, refusal):
     source = write_particles(tmp_path / "in", noise=0.0)
     with mrcfile.open(tmp_path / "in/stacks/part00.mrcs", mode="r+") as mrc:
