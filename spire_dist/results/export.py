@@ -1,0 +1,153 @@
+"""`export`: what other programs open. Called by `spire-dist export`.
+
+    volumes/*.mrc         maps along a path, at cluster centres, at particles, at given latents, and the consensus;
+                          origin 0 as RELION's and cryoSPARC's, middle of the box at voxel D // 2: they lie on the
+                          input map and on models fitted to it
+    volumes.csv           latent of every map, and the input row of the particle nearest to it
+    latents.npy .csv      [N, L] in store order; the table in the input's order, with the input row
+    parts.cif parts.cxc   Gaussians along the path as pseudo-atoms (chain = part), and a ChimeraX script that shows all
+    particles.star        the input's own rows with the latents as extra columns
+
+Every file appears whole or not at all.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from spire_dist.errors import ConfigError
+from spire_dist.maps import read_map, write_map
+from spire_dist.progress import progress
+from spire_dist.results import latent_paths
+from spire_dist.results.pseudo_atoms import write_chimerax_script, write_pseudo_atoms
+from spire_dist.results.runs import decode_in_batches, replacing
+from spire_dist.results.tables import source_path, write_latents_csv, write_particles
+from spire_dist.training.run import FinishedRun, load_run
+
+CONTOUR_QUANTILE = 0.99
+"""Of the first map's voxels: the contour level in the ChimeraX script, a start for the slider."""
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    path: str | None = "loop",
+    frames: int = 20,
+    clusters: int = 0,
+    particles: Sequence[int] = (),
+    latents: Path | None = None,
+    atoms: bool = True,
+    star: bool = True,
+    source: Path | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """Write the results of the run in directory `run` into the folder `out`; returns the files written.
+
+    path       maps along `loop` (a closed curve through the data), `axis-1`, `axis-2`, ... (straight, 5th to 95th
+               percentile) or a file of points to go through; None: no path.  frames: how many maps on it
+    clusters   also maps at this many k-means centres (each at the nearest particle)
+    particles  also maps at these particles, by row in the input file (from 0)
+    latents    also maps at the latents of a .npy or text file
+    atoms      write parts.cif and parts.cxc;  star: write particles.star (needs the input, or `source` where it moved)
+    """
+    finished = load_run(run)
+    return export_run(
+        finished, out, path=path, frames=frames, clusters=clusters, particles=particles, latents=latents,
+        atoms=atoms, star=star, source=source, seed=seed,
+    )  # fmt: skip
+
+
+def export_run(
+    run: FinishedRun,
+    out: Path,
+    *,
+    path: str | None = "loop",
+    frames: int = 20,
+    clusters: int = 0,
+    particles: Sequence[int] = (),
+    latents: Path | None = None,
+    atoms: bool = True,
+    star: bool = True,
+    source: Path | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """`export` of a run that is open already."""
+    particles_file = source_path(run.store, source) if star else None
+    wanted: dict[str, NDArray] = {}
+    if path is not None:
+        wanted |= _numbered("path", latent_paths.named_path(run.latents, path, frames, seed))
+    if clusters:
+        wanted |= _numbered("cluster", latent_paths.cluster_centres(run.latents, clusters, seed)[0])
+    wanted |= {f"particle_{row:07d}": run.latents[_store_row(run, row)] for row in particles}
+    if latents is not None:
+        wanted |= _numbered("given", latent_paths.read_points(latents, run.latents.shape[1]))
+
+    out.mkdir(parents=True, exist_ok=True)
+    for stale in (out / "volumes").glob("path_*.mrc"):  # of a longer path: it would join the series in ChimeraX
+        stale.unlink()
+    written, level = [], 0.0
+    for name, z in progress(wanted.items(), "maps", total=len(wanted), unit="map"):
+        volume = run.volume(z)
+        level = level or float(np.quantile(volume, CONTOUR_QUANTILE))
+        written.append(out / "volumes" / f"{name}.mrc")
+        write_map(written[-1], volume, run.pixel_size)
+    if wanted:
+        written.append(out / "volumes.csv")
+        _write_volume_table(written[-1], run, wanted)
+    written.append(out / "volumes" / "consensus.mrc")
+    if written[-1].resolve() != run.consensus.resolve():
+        write_map(written[-1], read_map(run.consensus)[0], run.pixel_size)
+    written += _write_latents(run, out)
+    if atoms:
+        written += _write_atoms(run, out, wanted, level)
+    if particles_file is not None:
+        written.append(out / "particles.star")
+        write_particles(written[-1], particles_file, run.latents, run.store.source_index)
+    return written
+
+
+def _numbered(name: str, points: NDArray) -> dict[str, NDArray]:
+    return {f"{name}_{number:03d}": z for number, z in enumerate(points)}
+
+
+def _store_row(run: FinishedRun, source_row: int) -> int:
+    found = np.flatnonzero(run.store.source_index == source_row)
+    if not len(found):
+        last = int(run.store.source_index.max())
+        raise ConfigError(f"particles: row {source_row} is not in the store; rows of the input go from 0 to {last}")
+    return int(found[0])
+
+
+def _write_volume_table(path: Path, run: FinishedRun, wanted: dict[str, NDArray]) -> None:
+    points = np.stack(list(wanted.values()))
+    squared = np.stack([((run.latents - z) ** 2).sum(axis=1) for z in points])
+    nearest = squared.argmin(axis=1)
+    table = pd.DataFrame(
+        {"map": [f"volumes/{name}.mrc" for name in wanted]}
+        | {f"z{i + 1}": column for i, column in enumerate(points.T)}
+        | {"nearest_source_row": run.store.source_index[nearest], "distance": np.sqrt(squared.min(axis=1))}
+    )
+    with replacing(path) as partial:
+        table.to_csv(partial, index=False, float_format="%.7g")
+
+
+def _write_latents(run: FinishedRun, out: Path) -> list[Path]:
+    with replacing(out / "latents.npy") as partial:
+        np.save(partial, run.latents)
+    write_latents_csv(out / "latents.csv", run.latents, run.store.source_index, run.store.label)
+    return [out / "latents.npy", out / "latents.csv"]
+
+
+def _write_atoms(run: FinishedRun, out: Path, wanted: dict[str, NDArray], level: float) -> list[Path]:
+    """Pseudo-atoms at the path's latents; at the mean latent where no path was asked for."""
+    on_path = {name: z for name, z in wanted.items() if name.startswith("path_")}
+    points = np.stack(list(on_path.values())) if on_path else run.latents.mean(axis=0, keepdims=True)
+    centres, amplitudes = decode_in_batches(run, points)
+    write_pseudo_atoms(out / "parts.cif", centres, amplitudes, run.parts, run.box, run.pixel_size)
+    maps = [f"volumes/{name}.mrc" for name in on_path]
+    write_chimerax_script(out / "parts.cxc", "parts.cif", run.parts, float(np.median(run.widths)), maps, level)
+    return [out / "parts.cif", out / "parts.cxc"]

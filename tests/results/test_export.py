@@ -1,0 +1,143 @@
+"""What export writes is read back by the libraries of the field: mrcfile, starfile, gemmi, pandas."""
+
+import gemmi
+import mrcfile
+import numpy as np
+import pandas as pd
+import pytest
+import starfile
+
+from spire_dist.errors import ConfigError, SourceError
+from spire_dist.results import tables
+from spire_dist.results.export import export_run
+
+
+@pytest.fixture(scope="module")
+def exported(standin, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export")
+    export_run(standin, out, frames=5, clusters=3, particles=[7])
+    return out
+
+
+def test_every_file_named_is_there_and_no_partial_one(standin, tmp_path):
+    written = export_run(standin, tmp_path, frames=3)
+    assert all(path.is_file() for path in written)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(written)
+
+
+def test_maps_have_pixel_size_and_the_origin_of_the_consensus(standin, exported):
+    for path in sorted((exported / "volumes").glob("*.mrc")):
+        with mrcfile.open(path) as mrc:
+            assert mrc.voxel_size.tolist() == (6.0, 6.0, 6.0)
+            assert mrc.header.origin.tolist() == (0.0, 0.0, 0.0)
+            assert (mrc.header.nxstart, mrc.header.nystart, mrc.header.nzstart) == (0, 0, 0)
+            assert mrcfile.validate(path)
+
+
+def test_map_of_a_particle_is_the_one_at_its_latent(standin, exported):
+    row = np.flatnonzero(standin.store.source_index == 7)[0]
+    with mrcfile.open(exported / "volumes/particle_0000007.mrc") as mrc:
+        np.testing.assert_array_equal(mrc.data, standin.volume(standin.latents[row]))
+    table = pd.read_csv(exported / "volumes.csv").set_index("map")
+    assert table.loc["volumes/particle_0000007.mrc", "nearest_source_row"] == 7
+
+
+def test_export_into_the_run_itself_leaves_its_consensus_alone(standin):
+    before = standin.consensus.stat().st_mtime_ns
+    written = export_run(standin, standin.directory, frames=2)
+    assert standin.consensus in written
+    assert standin.consensus.stat().st_mtime_ns == before
+
+
+def test_atoms_lie_on_the_map_in_its_own_frame(standin, exported):
+    structure = gemmi.read_structure(str(exported / "parts.cif"))
+    assert len(structure) == 5
+    found = np.array([[*atom.atom.pos.tolist()] for atom in structure[0].all()])
+    table = pd.read_csv(exported / "volumes.csv")
+    centres, _ = standin.decode(table.loc[[0], ["z1", "z2", "z3"]].to_numpy(np.float32))
+    np.testing.assert_allclose(found, centres[0] + 16 * 6.0, atol=2e-3)  # middle of the box: voxel 16 at 6 Å
+    with mrcfile.open(exported / "volumes/path_000.mrc") as mrc:
+        nearest = np.rint(found / 6.0).astype(int)
+        inside = mrc.data[nearest[:, 2], nearest[:, 1], nearest[:, 0]]
+        assert inside.min() > 5 * np.median(mrc.data)
+
+
+def test_atoms_carry_part_as_chain_and_b_factor(standin, exported):
+    model = gemmi.read_structure(str(exported / "parts.cif"))[2]
+    assert [chain.name for chain in model] == ["A", "B"]
+    assert [len(chain) for chain in model] == [60, 30]
+    assert {atom.atom.b_iso for atom in model.all() if atom.chain.name == "B"} == {1.0}
+    script = (exported / "parts.cxc").read_text()
+    assert "color #1/B" in script
+    assert "volumes/path_004.mrc" in script
+
+
+def test_latents_table_is_in_the_input_s_order(standin, exported):
+    table = pd.read_csv(exported / "latents.csv")
+    assert table["source_row"].tolist() == list(range(120))
+    rows = np.argsort(standin.store.source_index)
+    np.testing.assert_allclose(table[["z1", "z2", "z3"]], standin.latents[rows], rtol=1e-6)
+    np.testing.assert_array_equal(np.load(exported / "latents.npy"), standin.latents)
+
+
+def test_star_keeps_every_block_row_and_digit_and_adds_the_latents(standin, exported):
+    source = standin.directory.parent / "truth" / "particles.star"
+    text = {"rlnImageName", "rlnAngleRot", "rlnCtfMaxResolution", "rlnVoltage"}
+    before, after = (
+        starfile.read(p, always_dict=True, parse_as_string=list(text)) for p in (source, exported / "particles.star")
+    )
+    assert list(before) == list(after) == ["general", "optics", "particles"]
+    assert after["general"] == before["general"]
+    pd.testing.assert_frame_equal(after["optics"], before["optics"])
+    pd.testing.assert_frame_equal(after["particles"][before["particles"].columns], before["particles"])
+    columns = after["particles"][[f"rlnSpireLatent{i}" for i in (1, 2, 3)]]
+    np.testing.assert_allclose(columns.to_numpy()[standin.store.source_index], standin.latents, rtol=1e-6)
+
+
+def test_latents_of_an_earlier_export_are_replaced(standin, exported, tmp_path):
+    tables.write_particles(
+        tmp_path / "again.star", exported / "particles.star", standin.latents[:, :2], standin.store.source_index
+    )
+    again = starfile.read(tmp_path / "again.star", always_dict=True)["particles"]
+    assert [c for c in again.columns if "Latent" in c] == ["rlnSpireLatent1", "rlnSpireLatent2"]
+
+
+def test_rows_left_out_of_the_store_stay_in_the_star_without_a_latent(standin, tmp_path):
+    source = standin.directory.parent / "truth" / "particles.star"
+    tables.write_particles(tmp_path / "p.star", source, np.float32([[1], [2]]), np.array([5, 0]))
+    column = starfile.read(tmp_path / "p.star", always_dict=True)["particles"]["rlnSpireLatent1"]
+    assert (len(column), column[0], column[5], column.isna().sum()) == (120, 2, 1, 118)
+
+
+def test_cs_file_becomes_a_star_with_images_counted_from_one(tmp_path):
+    rows = np.zeros(2, dtype=[("uid", "u8"), ("blob/path", "S20"), ("blob/idx", "u4")])
+    rows["uid"], rows["blob/path"], rows["blob/idx"] = [2**63 + 5, 7], [b">J1/a.mrc", b"J1/b.mrc"], [0, 41]
+    with open(tmp_path / "p.cs", "wb") as file:
+        np.save(file, rows)
+    tables.write_particles(tmp_path / "p.star", tmp_path / "p.cs", np.float32([[1], [2]]), np.array([0, 1]))
+    text = (tmp_path / "p.star").read_text()
+    table = starfile.read(tmp_path / "p.star", parse_as_string=["spireCryosparcUid"])
+    assert table["rlnImageName"].tolist() == ["000001@J1/a.mrc", "000042@J1/b.mrc"]
+    assert table["spireCryosparcUid"].tolist() == [str(2**63 + 5), "7"]
+    assert "_rlnSpireLatent1 #3" in text
+
+
+def test_input_that_moved_is_named_before_anything_is_written(standin, tmp_path):
+    with pytest.raises(
+        SourceError, match=r"gone\.star: the particles' own file is not there; name its new place with --source"
+    ):
+        export_run(standin, tmp_path / "out", source=tmp_path / "gone.star")
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_with_fewer_rows_than_the_store_is_refused(standin, tmp_path):
+    short = tmp_path / "short.star"
+    starfile.write({"particles": pd.DataFrame({"rlnImageName": ["1@a.mrcs", "2@a.mrcs"]})}, short)
+    with pytest.raises(SourceError, match="2 particles, the store refers to row 119; it has changed since"):
+        tables.write_particles(tmp_path / "p.star", short, standin.latents, standin.store.source_index)
+    assert not (tmp_path / "p.star").exists()
+
+
+def test_particle_outside_the_store_is_refused(standin, tmp_path):
+    with pytest.raises(ConfigError, match="row 4000 is not in the store"):
+        export_run(standin, tmp_path / "out", particles=[4000])
