@@ -161,7 +161,9 @@ def _write_report(path: Path, settings: dict, found: dict) -> None:
     """Settings as given (files by their path, an infinite SNR as null, which JSON can hold) and what came of them."""
     report = {name: value for name, value in settings.items() if name != "out"}
     report["model"] = None if report["model"] is None else [str(p) for p in _paths(report["model"])]
-    report["ctf_table"] = None if report["ctf_table"] is None else str(report["ctf_table"])
+    if report["ctf_table"] is not None:  # then the ranges were not used
+        ranges = ("defocus_a", "astigmatism_a", "voltage_kv", "cs_mm", "amplitude_contrast")
+        report |= {"ctf_table": str(report["ctf_table"])} | dict.fromkeys(ranges)
     report["snr"] = report["snr"] if np.isfinite(report["snr"]) else None
     report["states"] = len(found["counts"])
     path.write_text(json.dumps(report | found, indent=2) + "\n")

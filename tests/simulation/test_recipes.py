@@ -167,6 +167,7 @@ def test_ctfs_come_from_the_rows_of_a_table(tmp_path):
     assert star["optics"]["rlnVoltage"].tolist() == [200, 300]
     voltages = star["optics"].set_index("rlnOpticsGroup")["rlnVoltage"][star["particles"]["rlnOpticsGroup"]]
     np.testing.assert_array_equal(voltages, ctf[:, 5])
+    assert json.loads((out / "simulation.json").read_text())["voltage_kv"] is None
 
 
 def test_defocus_stays_in_its_range_with_the_astigmatism_asked_for(clean):
