@@ -79,7 +79,7 @@ def write_chimerax_script(
     """
     lines = [
         "# Gaussians coloured by part, and the maps along the path: drag it into ChimeraX",
-        f"open {atoms} coordset true",
+        f"open {atoms} coordsets true",
     ]
     lines += ["style #1 sphere", f"size #1 atomRadius {radius:.2f}"]
     for index, name in enumerate(chain_names(len(np.unique(parts)))):

@@ -46,7 +46,6 @@ FILES = {
     "evaluation": "FSC curves as text",
     "metrics.jsonl": "what was logged while training",
     "config.toml": "every setting",
-    "latest": "name of the newest checkpoint",
 }
 
 
