@@ -6,7 +6,7 @@ keeps its traceback. Functions are imported inside the verbs, so that `--help` a
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -32,7 +32,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it and leave.")
+    ] = False,
 ) -> None:
     pass
 
@@ -41,24 +43,37 @@ def _options(
 def simulate(
     out: Annotated[Path, typer.Argument(help="New folder for particles, truth maps, labels and poses.")],
     model: Annotated[
-        Optional[list[Path]], typer.Option(help="Atomic model (PDB or mmCIF, .gz too), repeatable; default: a built-in molecule.")
+        list[Path] | None,
+        typer.Option(help="Atomic model (PDB or mmCIF, .gz too), repeatable; default: a built-in molecule."),
     ] = None,
-    rotate: Annotated[Optional[str], typer.Option(help="Part that turns full circle over the states, e.g. H:1-213,L.")] = None,
-    axis: Annotated[Optional[str], typer.Option(help="Two residues the axis goes through, e.g. H:213,H:244.")] = None,
+    rotate: Annotated[
+        str | None, typer.Option(help="Part that turns full circle over the states, e.g. H:1-213,L.")
+    ] = None,
+    axis: Annotated[str | None, typer.Option(help="Two residues the axis goes through, e.g. H:213,H:244.")] = None,
     omit: Annotated[
-        Optional[list[str]], typer.Option(help='Instead: chains a state lacks; repeat it once per state ("" lacks nothing).')
+        list[str] | None,
+        typer.Option(help='Instead: chains a state lacks; repeat it once per state ("" lacks nothing).'),
     ] = None,
     states: Annotated[int, typer.Option(help="Number of states.")] = 20,
     particles: Annotated[int, typer.Option(help="Images in all.")] = 5000,
-    proportions: Annotated[Optional[str], typer.Option(help="Relative numbers of particles per state, e.g. 3,1,2.")] = None,
+    proportions: Annotated[
+        str | None, typer.Option(help="Relative numbers of particles per state, e.g. 3,1,2.")
+    ] = None,
     box: Annotated[int, typer.Option(help="Image side, px.")] = 64,
     pixel_size: Annotated[float, typer.Option(help="Å/px.")] = 6.0,
     resolution: Annotated[float, typer.Option(help="Å; width of the atoms.")] = 3.0,
     snr: Annotated[float, typer.Option(help="Signal variance over noise variance, whole images.")] = 0.1,
-    snr_at: Annotated[str, typer.Option(help="Box the SNR is meant in: `after` or `before` cropping from twice the box.")] = "after",
+    snr_at: Annotated[
+        str, typer.Option(help="Box the SNR is meant in: `after` or `before` cropping from twice the box.")
+    ] = "after",
     shift_a: Annotated[float, typer.Option(help="Å; shifts are uniform within ± this.")] = 30.0,
-    ctf_table: Annotated[Optional[Path], typer.Option(help=".npy of CTF rows (cryoDRGN's nine columns) to draw from.")] = None,
-    defocus_a: Annotated[tuple[float, float], typer.Option(help="Å; range of the defocus, without a table.")] = (10000.0, 25000.0),
+    ctf_table: Annotated[
+        Path | None, typer.Option(help=".npy of CTF rows (cryoDRGN's nine columns) to draw from.")
+    ] = None,
+    defocus_a: Annotated[tuple[float, float], typer.Option(help="Å; range of the defocus, without a table.")] = (
+        10000.0,
+        25000.0,
+    ),
     b_factor: Annotated[float, typer.Option(help="Å²; envelope exp(-B s²/4).")] = 0.0,
     sign: Annotated[str, typer.Option(help="+ for bright protein, - for dark.")] = "+",
     seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
@@ -72,36 +87,40 @@ def simulate(
         box=box, pixel_size=pixel_size, resolution=resolution, snr=snr, snr_at=snr_at, shift_a=shift_a, ctf_table=ctf_table,  # type: ignore[arg-type]
         defocus_a=defocus_a, b_factor=b_factor, sign=sign, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
-    print(f"{out}: {particles} images of {box} px at {pixel_size} Å/px; next: spire-dist prep {out}/particles.star STORE")
+    print(
+        f"{out}: {particles} images of {box} px at {pixel_size} Å/px; next: spire-dist prep {out}/particles.star STORE"
+    )
 
 
 @app.command()
 def prep(
     source: Annotated[Path, typer.Argument(help="RELION .star (3.0, 3.1 and later) or cryoSPARC .cs.")],
     store: Annotated[Path, typer.Argument(help="Store to make, or to finish where an earlier call was cut off.")],
-    box: Annotated[Optional[int], typer.Option(help="px; Fourier-crop the images to this side.")] = None,
-    datadir: Annotated[Optional[Path], typer.Option(help="Folder the stacks' paths start from.")] = None,
+    box: Annotated[int | None, typer.Option(help="px; Fourier-crop the images to this side.")] = None,
+    datadir: Annotated[Path | None, typer.Option(help="Folder the stacks' paths start from.")] = None,
     sign: Annotated[str, typer.Option(help="+ protein bright in the input, - dark, auto: find out.")] = "auto",
-    radius_a: Annotated[Optional[float], typer.Option(help="Å; particle radius, outside it is background [0.4 of the side].")] = None,
-    pixel_size: Annotated[Optional[float], typer.Option(help="Å/px of the input, where the file does not say.")] = None,
-    poses: Annotated[Optional[Path], typer.Option(help="cryoDRGN pose pickle to use instead of the file's poses.")] = None,
-    labels: Annotated[Optional[Path], typer.Option(help="True state of every particle (.npy or .pkl).")] = None,
+    radius_a: Annotated[
+        float | None, typer.Option(help="Å; particle radius, outside it is background [0.4 of the side].")
+    ] = None,
+    pixel_size: Annotated[float | None, typer.Option(help="Å/px of the input, where the file does not say.")] = None,
+    poses: Annotated[Path | None, typer.Option(help="cryoDRGN pose pickle to use instead of the file's poses.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="True state of every particle (.npy or .pkl).")] = None,
     no_ctf: Annotated[bool, typer.Option(help="The images are projections without a CTF.")] = False,
     normalise: Annotated[bool, typer.Option(help="Bring every background to mean 0 and deviation 1.")] = True,
     allow_missing_poses: Annotated[bool, typer.Option(help="Make a store to look at, not to train on.")] = False,
     shuffle: Annotated[bool, typer.Option(help="Write particles in a seeded random order.")] = True,
     dtype: Annotated[str, typer.Option(help="float16 or float32 on disk.")] = "float16",
     images_per_shard: Annotated[int, typer.Option(help="Images in one file of the store.")] = 4096,
-    workers: Annotated[Optional[int], typer.Option(help="Threads [one per core].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads [one per core].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
 ) -> None:
     """Convert particles once into a store that training can stream."""
     from data_prep.convert import prepare
 
     prepare(
-        source, store, box=box, datadir=datadir, sign=sign, radius_a=radius_a, pixel_size=pixel_size, poses=poses, labels=labels,
-        no_ctf=no_ctf, normalise=normalise, allow_missing_poses=allow_missing_poses, shuffle=shuffle, dtype=dtype,
-        images_per_shard=images_per_shard, workers=workers, seed=seed,
+        source, store, box=box, datadir=datadir, sign=sign, radius_a=radius_a, pixel_size=pixel_size, poses=poses,
+        labels=labels, no_ctf=no_ctf, normalise=normalise, allow_missing_poses=allow_missing_poses, shuffle=shuffle,
+        dtype=dtype, images_per_shard=images_per_shard, workers=workers, seed=seed,
     )  # fmt: skip
     print(f"{store}: ready; look at it with: spire-dist inspect {store}")
 
@@ -109,7 +128,7 @@ def prep(
 @app.command()
 def inspect(
     store: Store,
-    picture: Annotated[Optional[Path], typer.Option(help="PNG with sample images and averages [STORE.png].")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG with sample images and averages [STORE.png].")] = None,
 ) -> None:
     """Show what a store holds: units, optics groups, poses, sample images."""
     from data_prep.checks import inspect_store
@@ -135,11 +154,11 @@ def verify(
 
 @app.command()
 def train(
-    config: Annotated[Optional[Path], typer.Argument(help="TOML file; see docs/config.md.")] = None,
+    config: Annotated[Path | None, typer.Argument(help="TOML file; see docs/config.md.")] = None,
     run: Annotated[Path, typer.Option(help="Run directory to make or to go on with.")] = Path("run"),
-    store: Annotated[Optional[Path], typer.Option(help="Particle store; short for --set data.store=...")] = None,
-    preset: Annotated[Optional[str], typer.Option(help="demo, cryobench or empiar: values under the file's.")] = None,
-    settings: Annotated[Optional[list[str]], typer.Option("--set", help="section.key=value, repeatable; wins.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Particle store (data.store).")] = None,
+    preset: Annotated[str | None, typer.Option(help="demo, cryobench or empiar: values under the file's.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable; wins.")] = None,
 ) -> None:
     """Train both stages; then write maps, latents, parts and the report. Ctrl-C saves; the same command goes on."""
     from spire_dist.config import load_config
@@ -151,7 +170,7 @@ def train(
     overrides = [*(settings or []), *([f"data.store={str(store.resolve())!r}"] if store else [])]
     loaded = load_config(run / "config.toml" if again else config, preset, overrides)
     train_run(loaded, run)
-    export(run, run, frames=loaded.output.volumes)
+    export(run, run, frames=loaded.output.volumes, star=None)
     print(f"{write_report(run)}: the report; score a run against a known truth with: spire-dist evaluate {run} TRUTH")
 
 
@@ -159,7 +178,7 @@ def train(
 def evaluate(
     run: Run,
     truth: Annotated[Path, typer.Argument(help="Folder with vols/, labels and mask as `simulate` writes it.")],
-    conformations: Annotated[Optional[int], typer.Option(help="How many, evenly spaced [all].")] = None,
+    conformations: Annotated[int | None, typer.Option(help="How many, evenly spaced [all].")] = None,
     images: Annotated[int, typer.Option(help="About how many images the per-image score takes.")] = 100,
     masked: Annotated[bool, typer.Option(help="Also score inside the truth's mask.")] = True,
 ) -> None:
@@ -175,26 +194,29 @@ def evaluate(
 def fsc(
     first: Annotated[Path, typer.Argument(help="Map (.mrc).")],
     second: Annotated[Path, typer.Argument(help="Map of the same box and pixel size.")],
-    mask: Annotated[Optional[Path], typer.Option(help="Mask both are multiplied by.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask both are multiplied by.")] = None,
 ) -> None:
-    """Compare two maps: FSC, its area, and the resolutions at 0.5 and 0.143 in Å."""
+    """Compare two maps: FSC and the resolutions at 0.5 and 0.143 in Å."""
     from spire_dist.results.evaluate import compare_maps
+    from spire_dist.results.fsc import describe
 
-    print(compare_maps(first, second, mask))
+    print(describe(compare_maps(first, second, mask)))
 
 
 @app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Argument(help="Folder to write into.")],
-    path: Annotated[str, typer.Option(help="Maps along loop, axis-1, axis-2, ..., a file of points, or none.")] = "loop",
+    path: Annotated[
+        str, typer.Option(help="Maps along loop, axis-1, axis-2, ..., a file of points, or none.")
+    ] = "loop",
     frames: Annotated[int, typer.Option(help="Maps along the path.")] = 20,
     clusters: Annotated[int, typer.Option(help="Also maps at this many k-means centres.")] = 0,
-    particles: Annotated[Optional[str], typer.Option(help="Also maps at these rows of the input, e.g. 0,17.")] = None,
-    latents: Annotated[Optional[Path], typer.Option(help="Also maps at the latents of a .npy or text file.")] = None,
+    particles: Annotated[str | None, typer.Option(help="Also maps at these rows of the input, e.g. 0,17.")] = None,
+    latents: Annotated[Path | None, typer.Option(help="Also maps at the latents of a .npy or text file.")] = None,
     atoms: Annotated[bool, typer.Option(help="Write the Gaussians as pseudo-atoms, coloured by part.")] = True,
     star: Annotated[bool, typer.Option(help="Write particles.star with latent columns.")] = True,
-    source: Annotated[Optional[Path], typer.Option(help="The input STAR or .cs, where it has moved.")] = None,
+    source: Annotated[Path | None, typer.Option(help="The input STAR or .cs, where it has moved.")] = None,
 ) -> None:
     """Write maps, latents, parts and a particles STAR for ChimeraX and RELION."""
     from spire_dist.results.export import export as run_export
@@ -204,7 +226,11 @@ def export(
         run, out, path=None if path == "none" else path, frames=frames, clusters=clusters, particles=rows, latents=latents,
         atoms=atoms, star=star, source=source,
     )  # fmt: skip
-    print(f"{out}: {len(written)} files, {written[0].name} to {written[-1].name}" if written else f"{out}: nothing asked for")
+    print(
+        f"{out}: {len(written)} files, {written[0].name} to {written[-1].name}"
+        if written
+        else f"{out}: nothing asked for"
+    )
 
 
 @app.command()
@@ -220,12 +246,14 @@ def submit(
     config: Annotated[Path, typer.Argument(help="TOML file, as for train.")],
     run: Annotated[Path, typer.Option(help="Run directory.")] = Path("run"),
     cluster: Annotated[str, typer.Option(help="slurm, or local to try it out.")] = "slurm",
-    partition: Annotated[Optional[str], typer.Option(help="Slurm partition.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     time_min: Annotated[int, typer.Option(help="Time limit, minutes.")] = 24 * 60,
     gpus: Annotated[int, typer.Option(help="GPUs of the one node.")] = 1,
     cpus: Annotated[int, typer.Option(help="CPU cores.")] = 8,
     memory_gib: Annotated[float, typer.Option(help="Memory, GiB.")] = 32.0,
-    sbatch: Annotated[Optional[list[str]], typer.Option(help="Any further sbatch option as key=value, repeatable.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Any further sbatch option as key=value, repeatable.")
+    ] = None,
 ) -> None:
     """Queue `train` on a Slurm cluster and return at once with the job id."""
     from cluster.submit import submit as queue

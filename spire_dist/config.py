@@ -26,7 +26,7 @@ class DataConfig(Section):
 
     store: Path = Path("particles.zarr")
     """Particle store written by `spire-dist prep`."""
-    resident_gib: float = Field(4.0, ge=0)
+    resident_gib: float = Field(default=4.0, ge=0)
     """GiB; a set smaller than this is kept in memory, a larger one is streamed from the store."""
 
 
@@ -35,7 +35,7 @@ class ConsensusConfig(Section):
 
     map: Path | None = None
     """A map (.mrc, protein positive, any box and pixel size) to use instead of back-projecting the particles."""
-    padding: int = Field(2, ge=1, le=4)
+    padding: int = Field(default=2, ge=1, le=4)
     """Oversampling of the back-projection in Fourier space."""
 
 
@@ -45,53 +45,53 @@ class LatentConfig(Section):
     kind: Literal["table", "encoder", "encoder+table"] = "table"
     """`table`: a free vector per particle (the paper); `encoder`: a network reads it off the image and pose;
     `encoder+table`: the encoder in stage 1, whose output then starts a table that stage 2 refines."""
-    dimension: int = Field(4, ge=1, le=64)
+    dimension: int = Field(default=4, ge=1, le=64)
     """Numbers per particle."""
-    weight: float = Field(0.1, ge=0)
+    weight: float = Field(default=0.1, ge=0)
     """λ_z of λ_z |z|², in nats per particle: 0.1 is a Gaussian prior of standard deviation 2.2."""
-    encoder_width: int = Field(256, ge=8)
+    encoder_width: int = Field(default=256, ge=8)
     """Units of the encoder's two hidden layers."""
-    encoder_box: int = Field(32, ge=8)
+    encoder_box: int = Field(default=32, ge=8)
     """Pixels; images are Fourier-cropped to this box before the encoder."""
 
 
 class RatesConfig(Section):
     """Adam step sizes at their peak, in the unit of what they move."""
 
-    centres_px: float = Field(0.05, gt=0)
+    centres_px: float = Field(default=0.05, gt=0)
     """Pixels per step, centres of Gaussians and anchors."""
-    widths: float = Field(0.01, gt=0)
+    widths: float = Field(default=0.01, gt=0)
     """Relative change of a width per step."""
-    amplitudes: float = Field(0.02, gt=0)
+    amplitudes: float = Field(default=0.02, gt=0)
     """Share of the seed amplitude per step."""
-    features: float = Field(0.01, gt=0)
+    features: float = Field(default=0.01, gt=0)
     """Feature units per step."""
-    networks: float = Field(0.003, gt=0)
+    networks: float = Field(default=0.005, gt=0)
     """Weight units per step."""
-    latents: float = Field(0.05, gt=0)
+    latents: float = Field(default=0.1, gt=0)
     """Latent units per visit of the particle."""
 
 
 class StageConfig(Section):
     """One of the two stages of training."""
 
-    gaussians: int = Field(2048, ge=1)
+    gaussians: int = Field(default=2048, ge=1)
     """Number of Gaussians."""
-    epochs: float = Field(15, gt=0)
+    epochs: float = Field(default=15, gt=0)
     """Passes over the particles."""
-    batch: int = Field(64, ge=1)
+    batch: int = Field(default=64, ge=1)
     """Images per step."""
-    layers: int = Field(1, ge=1)
+    layers: int = Field(default=1, ge=1)
     """Hidden layers of the per-Gaussian networks (shift and occupancy)."""
-    hidden: int = Field(32, ge=1)
+    hidden: int = Field(default=32, ge=1)
     """Units per hidden layer."""
-    motion_px: float = Field(3.0, gt=0)
+    motion_px: float = Field(default=3.0, gt=0)
     """Pixels moved per unit of the shift network's output; its last layer starts at zero."""
-    warmup_epochs: float = Field(1.0, ge=0)
+    warmup_epochs: float = Field(default=1.0, ge=0)
     """Passes before the deformation is switched on (the static Gaussians settle first)."""
-    final_rate: float = Field(0.05, gt=0, le=1)
+    final_rate: float = Field(default=0.05, gt=0, le=1)
     """Share of the peak step sizes reached at the end of the stage (cosine in between)."""
-    cut: float = Field(4.0, ge=3, le=8)
+    cut: float = Field(default=4.0, ge=3, le=8)
     """Standard deviations at which a Gaussian ends in the projector."""
     rates: RatesConfig = RatesConfig()
     """Step sizes."""
@@ -100,47 +100,47 @@ class StageConfig(Section):
 class HierarchyConfig(StageConfig):
     """Stage 2: Gaussians bound to anchors that move rigidly."""
 
-    gaussians: int = Field(8192, ge=1)
+    gaussians: int = Field(default=8192, ge=1)
     """Number of Gaussians."""
-    epochs: float = Field(30, gt=0)
+    epochs: float = Field(default=30, gt=0)
     """Passes over the particles."""
-    layers: int = Field(3, ge=1)
+    layers: int = Field(default=3, ge=1)
     """Hidden layers of the per-Gaussian networks (shift and occupancy)."""
-    hidden: int = Field(128, ge=1)
+    hidden: int = Field(default=128, ge=1)
     """Units per hidden layer."""
-    motion_px: float = Field(1.0, gt=0)
+    motion_px: float = Field(default=1.0, gt=0)
     """Pixels of residual shift per unit of the network's output."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
     """Passes before the deformation is switched on."""
-    anchor_layers: int = Field(2, ge=1)
+    anchor_layers: int = Field(default=2, ge=1)
     """Hidden layers of the anchor network."""
-    anchor_hidden: int = Field(128, ge=1)
+    anchor_hidden: int = Field(default=128, ge=1)
     """Units per hidden layer of the anchor network."""
-    feature_weight: float = Field(0.01, ge=0)
+    feature_weight: float = Field(default=0.01, ge=0)
     """λ_f of λ_f Σ|df|², in nats over the whole particle set."""
-    distil_steps: int = Field(300, ge=0)
+    distil_steps: int = Field(default=300, ge=0)
     """Steps in which the anchors first learn the motion found by stage 1, without images."""
 
 
 class PartsConfig(Section):
     """Discovery of parts between the stages."""
 
-    clusters: int = Field(3, ge=1)
+    clusters: int = Field(default=3, ge=1)
     """Clusters of Gaussian features: Gaussians that move or appear together (level 1)."""
-    anchors: int = Field(5, ge=1)
+    anchors: int = Field(default=5, ge=1)
     """Anchors in all: clusters are split in space, the largest first, until there are this many (level 2)."""
 
 
 class OutputConfig(Section):
     """What a run writes while it trains."""
 
-    log_seconds: float = Field(10.0, gt=0)
+    log_seconds: float = Field(default=10.0, gt=0)
     """Seconds between log lines."""
-    save_seconds: float = Field(120.0, gt=0)
+    save_seconds: float = Field(default=120.0, gt=0)
     """Seconds between checkpoints."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Checkpoints kept, the newest ones."""
-    volumes: int = Field(10, ge=1)
+    volumes: int = Field(default=10, ge=1)
     """Maps written at the end, spread over the latent space."""
 
 
@@ -151,7 +151,7 @@ class RunConfig(Section):
     """Decides everything random; the same seed, data and machine give the same bits on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a CUDA device when there is one."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(default=0, ge=0)
     """CPU threads; 0 takes all cores this process may use."""
     data: DataConfig = DataConfig()
     consensus: ConsensusConfig = ConsensusConfig()
@@ -160,7 +160,7 @@ class RunConfig(Section):
     parts: PartsConfig = PartsConfig()
     stage2: HierarchyConfig = HierarchyConfig()
     output: OutputConfig = OutputConfig()
-    features: int = Field(24, ge=1)
+    features: int = Field(default=24, ge=1)
     """Numbers in a Gaussian's feature vector."""
 
 
@@ -221,9 +221,10 @@ def _parse_override(text: str) -> dict[str, Any]:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string
+    nested: Any = parsed
     for part in reversed(key.strip().split(".")):
-        parsed = {part: parsed}
-    return parsed
+        nested = {part: nested}
+    return nested
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> None:

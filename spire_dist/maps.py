@@ -17,7 +17,9 @@ def read_map(path: Path) -> tuple[NDArray[np.float32], float]:
             volume = np.array(mrc.data, dtype=np.float32)
             pixel_size = float(mrc.voxel_size.x)
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: cannot be read as an MRC map ({str(error).splitlines()[0]}); give a .mrc file") from error
+        raise SourceError(
+            f"{path}: cannot be read as an MRC map ({str(error).splitlines()[0]}); give a .mrc file"
+        ) from error
     if volume.ndim != 3 or len(set(volume.shape)) != 1:
         raise SourceError(f"{path}: shape {volume.shape} is not a cube; give a map with three equal sides")
     if not pixel_size > 0:

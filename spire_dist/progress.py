@@ -11,7 +11,9 @@ Item = TypeVar("Item")
 LINE_INTERVAL_S = 30.0
 
 
-def progress(items: Iterable[Item], what: str, total: int | None = None, unit: str = "it", done: int = 0) -> Iterator[Item]:
+def progress(
+    items: Iterable[Item], what: str, total: int | None = None, unit: str = "it", done: int = 0
+) -> Iterator[Item]:
     """Yield `items` unchanged while showing how far along they are on standard error.
 
     `done` items of `total` were finished before this call (a resumed conversion starts its bar there).
@@ -27,4 +29,8 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, unit: s
         now = time.monotonic()
         if now - last >= LINE_INTERVAL_S:
             last = now
-            print(f"{what}: {count}{f'/{total}' if total else ''} {unit}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{what}: {count}{f'/{total}' if total else ''} {unit}, {now - start:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -30,7 +30,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        moved = (t.to(device, non_blocking=True) for t in (self.rows, self.images, self.ctf, self.rotations, self.shifts_px))
+        moved = (
+            t.to(device, non_blocking=True) for t in (self.rows, self.images, self.ctf, self.rotations, self.shifts_px)
+        )
         return Batch(*moved)
 
 

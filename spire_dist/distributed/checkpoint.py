@@ -1,8 +1,8 @@
 """Checkpoints: a folder per save, committed by a marker, `latest` moved only after the data is on the disk.
 
-    checkpoints/step-00001234/state.pt
-    checkpoints/step-00001234/COMMIT      written last; a folder without it is ignored and cleaned up
-    latest                                the name of the newest committed folder
+checkpoints/step-00001234/state.pt
+checkpoints/step-00001234/COMMIT      written last; a folder without it is ignored and cleaned up
+latest                                the name of the newest committed folder
 """
 
 import os
@@ -49,12 +49,16 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
         return None
     folder = run / "checkpoints" / pointer.read_text().strip()
     if not (folder / COMMIT).exists():
-        raise RunError(f"{pointer}: names {folder.name}, which is not a complete checkpoint; name another of {run}/checkpoints")
+        raise RunError(
+            f"{pointer}: names {folder.name}, which is not a complete checkpoint; name another of {run}/checkpoints"
+        )
     try:
         return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(f"{folder}/state.pt: cannot be read ({str(error).splitlines()[0]}); remove the folder, write the "
-                       f"name of an older one into {pointer} and run again") from error
+        raise RunError(
+            f"{folder}/state.pt: cannot be read ({str(error).splitlines()[0]}); remove the folder, write the "
+            f"name of an older one into {pointer} and run again"
+        ) from error
 
 
 def write_durably(path: Path, text: str) -> None:

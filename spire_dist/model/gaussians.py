@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 MIN_WIDTH_PX = 0.5
 """Narrower Gaussians fall between the pixels of the point-sampled projection."""
+FEATURE_SPREAD = 0.3
+"""Standard deviation of the features at the start."""
 
 
 class Gaussians(nn.Module):
@@ -53,5 +55,5 @@ def draw_centres(
 
 
 def random_features(count: int, dimension: int, rng: np.random.Generator) -> Tensor:
-    """Features [count, dimension] to start from, standard normal."""
-    return torch.from_numpy(rng.standard_normal((count, dimension)).astype(np.float32))
+    """Features [count, dimension] to start from: random, but small beside what they learn, or clusters would show the start."""
+    return FEATURE_SPREAD * torch.from_numpy(rng.standard_normal((count, dimension)).astype(np.float32))

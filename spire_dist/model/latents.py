@@ -53,8 +53,13 @@ def centred_small_images(transforms: Tensor, shifts_px: Tensor, small: int) -> T
     frequency_x = torch.fft.rfftfreq(small, device=transforms.device) * small / box
     half = small // 2
     rows = torch.cat([transforms[:, : small - half], transforms[:, box - half :]], dim=1)
-    angle = 2 * torch.pi * (
-        shifts_px[:, 0, None, None] * frequency_x[None, None, :] + shifts_px[:, 1, None, None] * frequency_y[None, :, None]
+    angle = (
+        2
+        * torch.pi
+        * (
+            shifts_px[:, 0, None, None] * frequency_x[None, None, :]
+            + shifts_px[:, 1, None, None] * frequency_y[None, :, None]
+        )
     )
     cropped = rows[:, :, : half + 1] * torch.polar(torch.ones_like(angle), angle)
     return torch.fft.irfft2(cropped, s=(small, small)) * (small / box)

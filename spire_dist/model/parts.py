@@ -12,7 +12,8 @@ RESTARTS = 10
 @dataclass(frozen=True, slots=True)
 class Parts:
     """Of the N Gaussians of stage 1: `cluster` [N] (level 1), `anchor_of` [N] (level 2), `anchors` [A] the Gaussian that
-    each anchor is taken from, the one nearest to the centroid."""
+    each anchor is taken from, the one nearest to the centroid.
+    """
 
     cluster: NDArray[np.int64]
     anchor_of: NDArray[np.int64]
@@ -60,7 +61,7 @@ def discover_parts(
 def _kmeans(points: NDArray[np.float32], weights: NDArray[np.float64], count: int, seed: int) -> NDArray[np.int64]:
     if count == 1:
         return np.zeros(len(points), dtype=np.int64)
-    means = KMeans(count, init="k-means++", n_init=RESTARTS, random_state=seed)
+    means = KMeans(count, init="k-means++", n_init=RESTARTS, random_state=seed)  # pyright: ignore[reportArgumentType]
     return means.fit_predict(points.astype(np.float64), sample_weight=weights).astype(np.int64)
 
 

@@ -16,8 +16,8 @@ LANES = 8
 
 @njit(inline="always")
 def _window(centre, reach, box):  # pragma: no cover - compiled
-    """First and last pixel of a window, clipped to the box (empty when last < first)."""
-    return max(0, math.ceil(centre - reach)), min(box - 1, math.floor(centre + reach))
+    """First and last pixel of a window, rounded outward and clipped to the box (empty when last < first)."""
+    return max(0, math.floor(centre - reach)), min(box - 1, math.ceil(centre + reach))
 
 
 @njit(inline="always")
@@ -59,7 +59,9 @@ def splat_forward(centres, weights, widths, cut, box, images):  # pragma: no cov
 
 
 @njit(parallel=True, cache=True, fastmath={"contract", "nsz", "arcp", "reassoc"}, error_model="numpy")
-def splat_backward(centres, weights, widths, cut, gradient, d_centres, d_weights, d_widths):  # pragma: no cover - compiled
+def splat_backward(
+    centres, weights, widths, cut, gradient, d_centres, d_weights, d_widths
+):  # pragma: no cover - compiled
     """Gradients of `splat_forward` from the images' gradient [B, box, box]; all outputs are per image:
 
     d_centres [B, N, 2], d_weights [B, N], d_widths [B, N] (the caller sums the last over images). Four moments of the

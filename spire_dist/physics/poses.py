@@ -2,7 +2,8 @@
 
 Inside the program a pose is a matrix R with `r_image = R @ r_volume` and a shift t in Å with a point c landing at
 `(R c)[:2] + t`. RELION writes (rot, tilt, psi) in degrees, intrinsic ZYZ, and an origin of the opposite sign; cryoSPARC
-writes a rotation vector, whose matrix is RELION's for the same particle, and a shift in pixels of `alignments3D/psize_A`.
+writes a rotation vector, whose matrix is the transpose of RELION's for the same particle, and a shift in pixels of
+`alignments3D/psize_A`.
 """
 
 import warnings
@@ -41,4 +42,4 @@ def matrices_from_rotation_vectors(vectors_n3: ArrayLike) -> NDArray[np.float32]
 
 def random_rotations(count: int, seed: int) -> NDArray[np.float32]:
     """`count` matrices [count, 3, 3], uniform on SO(3)."""
-    return Rotation.random(count, random_state=np.random.default_rng(seed)).as_matrix().astype(np.float32)
+    return Rotation.random(count, rng=np.random.default_rng(seed)).as_matrix().astype(np.float32)

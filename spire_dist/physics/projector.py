@@ -71,19 +71,21 @@ class _LocalSplat(torch.autograd.Function):
     def forward(ctx, centres_px, weights, widths_px, box, cut):
         centres_px, weights, widths_px = centres_px.contiguous(), weights.contiguous(), widths_px.contiguous()
         images = centres_px.new_zeros(len(centres_px), box, box)
-        arrays = [t.detach().numpy() for t in (centres_px, weights, widths_px)]
-        kernels_cpu.splat_forward(*arrays, cut, box, images.numpy())
+        points, shares, sigmas = (t.detach().numpy() for t in (centres_px, weights, widths_px))
+        kernels_cpu.splat_forward(points, shares, sigmas, cut, box, images.numpy())
         ctx.save_for_backward(centres_px, weights, widths_px)
         ctx.cut = cut
         return images
 
     @staticmethod
     def backward(ctx, *gradients):
-        saved = ctx.saved_tensors
-        outputs = [torch.empty_like(saved[0]), torch.empty_like(saved[1]), torch.empty_like(saved[1])]
-        arrays = [t.detach().numpy() for t in (*saved,)]
-        kernels_cpu.splat_backward(*arrays, ctx.cut, gradients[0].contiguous().numpy(), *(t.numpy() for t in outputs))
-        return outputs[0], outputs[1], outputs[2].sum(dim=0), None, None
+        centres_px, weights, widths_px = ctx.saved_tensors
+        d_centres, d_weights, d_widths = (torch.empty_like(t) for t in (centres_px, weights, weights))
+        points, shares, sigmas = (t.detach().numpy() for t in (centres_px, weights, widths_px))
+        gradient = gradients[0].contiguous().numpy()
+        outputs = (d_centres.numpy(), d_weights.numpy(), d_widths.numpy())
+        kernels_cpu.splat_backward(points, shares, sigmas, ctx.cut, gradient, outputs[0], outputs[1], outputs[2])
+        return d_centres, d_weights, d_widths.sum(dim=0), None, None
 
 
 def render_volume(
@@ -94,6 +96,7 @@ def render_volume(
     Not differentiable. Computed on the CPU in float32, returned there.
     """
     volume = torch.zeros(box, box, box)
-    arrays = [t.detach().to("cpu", torch.float32) for t in (centres / pixel_size + box // 2, amplitudes, widths / pixel_size)]
-    kernels_cpu.rasterise(*(t.contiguous().numpy() for t in arrays), cut, volume.numpy())
+    pixels = (centres / pixel_size + box // 2, amplitudes, widths / pixel_size)
+    points, shares, sigmas = (t.detach().to("cpu", torch.float32).contiguous().numpy() for t in pixels)
+    kernels_cpu.rasterise(points, shares, sigmas, cut, volume.numpy())
     return volume

@@ -41,7 +41,7 @@ def export(
     particles: Sequence[int] = (),
     latents: Path | None = None,
     atoms: bool = True,
-    star: bool = True,
+    star: bool | None = True,
     source: Path | None = None,
     seed: int = 0,
 ) -> list[Path]:
@@ -53,6 +53,7 @@ def export(
     particles  also maps at these particles, by row in the input file (from 0)
     latents    also maps at the latents of a .npy or text file
     atoms      write parts.cif and parts.cxc;  star: write particles.star (needs the input, or `source` where it moved)
+               (None: where the input is there)
     """
     finished = load_run(run)
     return export_run(
@@ -71,11 +72,13 @@ def export_run(
     particles: Sequence[int] = (),
     latents: Path | None = None,
     atoms: bool = True,
-    star: bool = True,
+    star: bool | None = True,
     source: Path | None = None,
     seed: int = 0,
 ) -> list[Path]:
     """`export` of a run that is open already."""
+    if star is None:
+        star = (source or Path(run.store.attributes["inputs"][0]["path"])).is_file()
     particles_file = source_path(run.store, source) if star else None
     wanted: dict[str, NDArray] = {}
     if path is not None:

@@ -33,13 +33,17 @@ def back_project(source: BatchSource, padding: int = 2) -> tuple[NDArray[np.floa
         ky = torch.fft.fftfreq(box, device=images.device)
         # Back by the shift, and by box // 2, so that the particle's centre is the origin of the phases.
         offset = batch.shifts_px + box // 2
-        angle = 2 * math.pi * (offset[:, 0, None, None] * kx[None, None, :] + offset[:, 1, None, None] * ky[None, :, None])
+        angle = (
+            2 * math.pi * (offset[:, 0, None, None] * kx[None, None, :] + offset[:, 1, None, None] * ky[None, :, None])
+        )
         numerators = (ctf * images * torch.polar(torch.ones_like(angle), angle)).numpy()
         weights = (ctf**2).numpy()
         rotations = batch.rotations.numpy()
         for half, (numerator, weight) in enumerate(sums):
             rows = slice(half, None, 2)
-            kernels_cpu.insert_sections(numerators[rows], weights[rows], rotations[rows], float(padding), numerator, weight)
+            kernels_cpu.insert_sections(
+                numerators[rows], weights[rows], rotations[rows], float(padding), numerator, weight
+            )
     halves = [_invert(numerator, weight, box) for numerator, weight in sums]
     merged = _invert(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], box)
     return _weighted_by_fsc(merged, halves), halves

@@ -1,7 +1,7 @@
 """A run directory: what it is made with, how it is continued, and how a finished one is read back.
 
-    config.toml  command.txt  environment.json  STATUS.json  metrics.jsonl  tb/  checkpoints/  latest
-    volumes/consensus*.mrc  latents.npy  parts.npy  stage1/ (the coarse model as it ended, laid out like the run itself)
+config.toml  command.txt  environment.json  STATUS.json  metrics.jsonl  tb/  checkpoints/  latest
+volumes/consensus*.mrc  latents.npy  parts.npy  stage1/ (the coarse model as it ended, laid out like the run itself)
 """
 
 import json
@@ -73,7 +73,9 @@ def _refuse_other_config(run: Path, config: RunConfig) -> None:
         key = next(key for key in value if value[key] != old[section][key])
         if (section, key) == ("data", "resident_gib"):
             continue
-        raise ConfigError(f"{section}.{key} = {value[key]}: {run} was started with {old[section][key]}; use that, or a new --run")
+        raise ConfigError(
+            f"{section}.{key} = {value[key]}: {run} was started with {old[section][key]}; use that, or a new --run"
+        )
 
 
 def write_status(run: Path, state: str, stage: int, step: int, message: str = "") -> None:
@@ -87,14 +89,22 @@ def mixture_from_state(state: dict[str, Any], config: RunConfig) -> Mixture:
     """The model of a checkpoint's stage, with the checkpoint's shapes and values."""
     saved = state["mixture"]
     gaussians = Gaussians(
-        saved["gaussians.offsets"], saved["gaussians.log_widths"].exp(), saved["gaussians.features"], float(saved["gaussians.unit"])
+        saved["gaussians.offsets"],
+        saved["gaussians.log_widths"].exp(),
+        saved["gaussians.features"],
+        float(saved["gaussians.unit"]),
     )
     mixture: Mixture
     if state["stage"] == 1:
         mixture = CoarseMixture(gaussians, config.latent.dimension, config.stage1)
     else:
         mixture = HierarchicalMixture(
-            gaussians, saved["anchor_of"], saved["anchor_centres"], saved["anchor_features"], config.latent.dimension, config.stage2
+            gaussians,
+            saved["anchor_of"],
+            saved["anchor_centres"],
+            saved["anchor_features"],
+            config.latent.dimension,
+            config.stage2,
         )
     mixture.load_state_dict(saved)
     return mixture
@@ -132,19 +142,19 @@ class FinishedRun:
     @property
     def widths(self) -> NDArray[np.float32]:
         """Standard deviations [G] in Å."""
-        return self.mixture.gaussians.widths_px().detach().numpy() * self.pixel_size
+        return (self.mixture.gaussians.widths_px().detach() * self.pixel_size).numpy()
 
     @torch.no_grad()
     def decode(self, latents: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Latents [B, L] -> centres [B, G, 3] Å from the centre of the box, peak densities [B, G]."""
         centres, amplitudes = self.mixture.deform(torch.from_numpy(np.asarray(latents, dtype=np.float32)))
-        return centres.numpy() * self.pixel_size, amplitudes.numpy()
+        return (centres * self.pixel_size).numpy(), amplitudes.numpy()
 
     def volume(self, latent: NDArray[np.float32]) -> NDArray[np.float32]:
         """The map [D, D, D] at a latent [L]."""
         centres, amplitudes = self.decode(np.asarray(latent)[None])
-        tensors = (torch.from_numpy(a) for a in (centres[0], amplitudes[0], self.widths))
-        return render_volume(*tensors, self.box, self.pixel_size).numpy()
+        points, peaks, widths = (torch.from_numpy(a) for a in (centres[0], amplitudes[0], self.widths))
+        return render_volume(points, peaks, widths, self.box, self.pixel_size).numpy()
 
 
 def load_run(run: Path, stage: int | None = None) -> FinishedRun:

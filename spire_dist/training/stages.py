@@ -73,10 +73,13 @@ def find_parts(mixture: CoarseMixture, latents: Tensor, config: RunConfig) -> Pa
     )
 
 
+@torch.no_grad()
 def feature_view(mixture: CoarseMixture) -> NDArray[np.float32]:
-    """Features as the networks see them [N, ...]: through their first layers, which ignore what means nothing."""
-    with torch.no_grad():
-        return mixture.gaussians.features.numpy()
+    """Features as the networks see them [N, 2 H]: through their first layers, which weigh what matters for motion and
+    presence and ignore the directions left over from the random start.
+    """
+    features = mixture.gaussians.features
+    return torch.cat([net.from_feature(features) for net in (mixture.shift, mixture.occupancy)], dim=1).numpy()
 
 
 def seed_hierarchy(mixture: CoarseMixture, parts: Parts, latents: Tensor, config: RunConfig) -> HierarchicalMixture:
@@ -113,7 +116,9 @@ def seed_hierarchy(mixture: CoarseMixture, parts: Parts, latents: Tensor, config
         a = anchor_of[parent]
         relative = centres[state, parent] - moved[state, a]
         offsets = (rotations[state, a].transpose(1, 2) @ relative[:, :, None])[..., 0]
-    offsets = offsets + JITTER * widths[parent, None] * torch.from_numpy(rng.standard_normal((count, 3)).astype(np.float32))
+    offsets = offsets + JITTER * widths[parent, None] * torch.from_numpy(
+        rng.standard_normal((count, 3)).astype(np.float32)
+    )
     shrink = min(1.0, (len(anchor_of) / count) ** (1 / 3))
     gaussians = Gaussians(offsets, (widths[parent] * shrink).clamp(min=0.6), torch.zeros(count, config.features))
     hierarchy = HierarchicalMixture(
@@ -126,7 +131,12 @@ def seed_hierarchy(mixture: CoarseMixture, parts: Parts, latents: Tensor, config
 
 
 def _distil(
-    rigid: HierarchicalMixture, samples: Tensor, centres: Tensor, masses: Tensor, config: HierarchyConfig, rng: np.random.Generator
+    rigid: HierarchicalMixture,
+    samples: Tensor,
+    centres: Tensor,
+    masses: Tensor,
+    config: HierarchyConfig,
+    rng: np.random.Generator,
 ) -> None:
     """Teach the anchors the motion [S, N, 3] px of the coarse Gaussians, weighted by their mass, without images."""
     optimiser = torch.optim.Adam(rigid.motion.parameters(), lr=DISTIL_RATE)

@@ -41,7 +41,9 @@ def train(config: RunConfig, run: Path) -> None:
     device = _choose_device(config)
     _use_threads(config.threads)
     if not store.has_poses:
-        raise ConfigError(f"data.store = {store.path}: prepared without poses; prepare it from a file with poses (or --poses)")
+        raise ConfigError(
+            f"data.store = {store.path}: prepared without poses; prepare it from a file with poses (or --poses)"
+        )
     open_run(run, config, store)
     state = load_checkpoint(run)
     where = (state["stage"], state["step"]) if state else (1, 0)
@@ -78,7 +80,9 @@ def consensus_map(run: Path, source: BatchSource, config: RunConfig) -> NDArray[
         for number, half in enumerate(halves, start=1):
             write_map(path.with_name(f"consensus_half{number}.mrc"), half, pixel_size)
     if not volume.max() > 0:
-        raise SourceError(f"{config.consensus.map or source.store.path}: the consensus map has no positive density; check the sign")
+        raise SourceError(
+            f"{config.consensus.map or source.store.path}: the consensus map has no positive density; check the sign"
+        )
     write_map(path, volume, pixel_size)
     return volume
 
@@ -97,7 +101,9 @@ def _first_stage(run, source, config, volume, state, device, log, stop) -> dict[
     """Stage 1 to its end; returns its last state, which is also kept in `stage1/`."""
     torch.manual_seed(config.seed)
     mixture = seed_coarse(volume, config, source.batch(np.arange(min(SAMPLE_IMAGES, source.store.count))))
-    latents = build_latents(source.store.count, source.store.box, config.latent, torch.Generator().manual_seed(config.seed))
+    latents = build_latents(
+        source.store.count, source.store.box, config.latent, torch.Generator().manual_seed(config.seed)
+    )
     trainee = _trainee(1, mixture, latents, config, device, state)
     state = _train(run, source, config, trainee, log, stop)
     if not (run / "stage1" / "latents.npy").exists():
@@ -123,7 +129,9 @@ def _second_stage(run, source, config, state, device, log, stop) -> None:
             latents = _latents_from_state(state, source, config)
         trainee = _trainee(2, mixture, latents, config, device, None)
     else:
-        trainee = _trainee(2, mixture_from_state(state, config), _latents_from_state(state, source, config), config, device, state)
+        trainee = _trainee(
+            2, mixture_from_state(state, config), _latents_from_state(state, source, config), config, device, state
+        )
     state = _train(run, source, config, trainee, log, stop)
     _write_results(run, state, all_latents(trainee.latents, source), state["mixture"]["anchor_of"])
 
@@ -165,7 +173,9 @@ def _write_results(folder: Path, state: dict[str, Any], latents: Tensor, parts: 
     """latents.npy last: it marks the stage as ended."""
     folder.mkdir(exist_ok=True)
     if folder.name == "stage1":
-        save_checkpoint(folder, STEPS_PER_STAGE + state["step"], {k: v for k, v in state.items() if k != "optimisers"}, keep=1)
+        save_checkpoint(
+            folder, STEPS_PER_STAGE + state["step"], {k: v for k, v in state.items() if k != "optimisers"}, keep=1
+        )
     np.save(folder / "parts.npy", parts.numpy())
     partial = folder / "latents.partial.npy"
     np.save(partial, latents.numpy())

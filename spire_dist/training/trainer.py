@@ -54,7 +54,13 @@ def build_optimisers(mixture: Mixture, latents: Latents, rates: RatesConfig) -> 
 
     (A dense Adam would move the rows of absent particles on, by their old momentum.)
     """
-    kinds: dict[str, list[nn.Parameter]] = {"centres_px": [], "widths": [], "amplitudes": [], "features": [], "networks": []}
+    kinds: dict[str, list[nn.Parameter]] = {
+        "centres_px": [],
+        "widths": [],
+        "amplitudes": [],
+        "features": [],
+        "networks": [],
+    }
     names = {"offsets": "centres_px", "anchor_centres": "centres_px", "log_widths": "widths", "amplitudes": "amplitudes",
              "features": "features", "anchor_features": "features"}  # fmt: skip
     for name, parameter in mixture.named_parameters():
@@ -72,7 +78,9 @@ def build_optimisers(mixture: Mixture, latents: Latents, rates: RatesConfig) -> 
     return optimisers
 
 
-def batch_loss(trainee: Trainee, batch: Batch, config: RunConfig, stage: StageConfig, warm: bool, count: int) -> tuple[Tensor, Tensor]:
+def batch_loss(
+    trainee: Trainee, batch: Batch, config: RunConfig, stage: StageConfig, warm: bool, count: int
+) -> tuple[Tensor, Tensor]:
     """(objective, mean squared residual per pixel) of one batch.
 
     Objective, in nats per image: ½ |I - CTF · P|² + λ_z |z|² + λ_f Σ|df|² / N (equation 7; images have unit noise).
@@ -121,13 +129,15 @@ def train_stage(
                 save()
                 saved_at = time.monotonic()
             if stop.requested:
-                raise Stopped(f"stopped by {stop.requested.name} and saved at step {trainee.step} of stage {trainee.stage}; "
-                              "run the same command to go on")  # fmt: skip
+                where = f"step {trainee.step} of stage {trainee.stage}"
+                raise Stopped(f"stopped by {stop.requested.name} and saved at {where}; run the same command to go on")
     finally:
         data.close()
 
 
 def _not_finite(trainee: Trainee, batch: Batch, source: BatchSource) -> str:
     rows = source.store.source_index[batch.rows.cpu().numpy()]
-    return (f"stage {trainee.stage}, step {trainee.step}: the loss is not finite; particles of this batch (rows of the input): "
-            f"{', '.join(map(str, rows[:8]))}...; lower stage{trainee.stage}.rates and run again from the last checkpoint")  # fmt: skip
+    return (
+        f"stage {trainee.stage}, step {trainee.step}: the loss is not finite; the batch holds rows {rows[:8].tolist()}... of "
+        f"the input; lower stage{trainee.stage}.rates and run the same command, which goes on from the last checkpoint"
+    )
