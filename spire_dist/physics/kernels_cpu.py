@@ -16,8 +16,8 @@ LANES = 8
 
 @njit(inline="always")
 def _window(centre, reach, box):  # pragma: no cover - compiled
-    """First and last pixel of a window, rounded outward and clipped to the box (empty when last < first)."""
-    return max(0, math.floor(centre - reach)), min(box - 1, math.ceil(centre + reach))
+    """First and last pixel whose area is within reach, clipped to the box (empty when last < first)."""
+    return max(0, math.ceil(centre - reach - 0.5)), min(box - 1, math.floor(centre + reach + 0.5))
 
 
 @njit(inline="always")
@@ -132,7 +132,7 @@ def rasterise(centres, weights, widths, cut, volume):  # pragma: no cover - comp
         for n in range(weights.shape[0]):
             reach = cut * widths[n]
             dz = np.float32(z) - centres[n, 2]
-            if abs(dz) > reach or weights[n] == 0:
+            if abs(dz) > reach + 0.5 or weights[n] == 0:
                 continue
             x0, x1 = _window(centres[n, 0], reach, box)
             y0, y1 = _window(centres[n, 1], reach, box)
