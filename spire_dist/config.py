@@ -18,7 +18,7 @@ from spire_dist.errors import ConfigError
 class Section(BaseModel):
     """Base of all sections: immutable, closed, documented by the strings under the fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -177,7 +177,7 @@ def load_config(path: Path | None = None, preset: str | None = None, overrides: 
             _merge(values, tomllib.loads(path.read_text()))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); give an existing TOML file") from error
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # also what is no text at all
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
     for override in overrides or []:
         _merge(values, _parse_override(override))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spire_dist.data.order import batches
 from spire_dist.data.store import ParticleStore
+from spire_dist.errors import StoreError
 from spire_dist.physics.ctf import contrast_transfer, frequency_grid
 
 READ_AHEAD = 2
@@ -50,11 +51,19 @@ class BatchSource:
             self.resident = torch.from_numpy(store.read(np.arange(store.count)))
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
-        """The particles `rows` [B], in that order."""
+        """The particles `rows` [B], in that order. Raises StoreError for an image with pixels that are not finite."""
         index = torch.from_numpy(rows)
         images = self.resident[index] if self.resident is not None else torch.from_numpy(self.store.read(rows))
+        transforms = torch.fft.rfft2(images)
+        finite = torch.isfinite(transforms[:, 0, 0].real)  # the sum of an image's pixels
+        if not finite.all():
+            bad = (self.store.source_index[rows[~finite.numpy()]] + 1).tolist()
+            raise StoreError(
+                f"{self.store.path}: pixels that are not finite numbers in the image of row {', '.join(map(str, bad[:8]))} "
+                "of the input; `spire-dist verify` checks the store, prep makes it again"
+            )
         ctf = contrast_transfer(self.ctf_parameters[index], *self.grid)
-        return Batch(index, torch.fft.rfft2(images), ctf, self.rotations[index], self.shifts_px[index])
+        return Batch(index, transforms, ctf, self.rotations[index], self.shifts_px[index])
 
     def sequence(self, batch: int) -> Iterator[Batch]:
         """All particles once, in store order."""

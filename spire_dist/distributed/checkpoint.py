@@ -24,13 +24,14 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int) -> P
     Killed at any moment, the run still has its previous checkpoint.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    with open(folder / "state.pt", "wb") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    # A run that goes on at the end of a stage saves its step again: the old state stays until the new one is whole.
+    partial = folder / "state.pt.partial"
+    with open(partial, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(partial, folder / "state.pt")
     write_durably(folder / COMMIT, f"{step}\n")
     write_durably(run / "latest", f"{folder.name}\n")
     for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
@@ -55,8 +56,9 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
     try:
         return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(
-            f"{folder}/state.pt: cannot be read ({str(error).splitlines()[0]}); remove the folder, write the "
+            f"{folder}/state.pt: cannot be read ({reason}); remove the folder, write the "
             f"name of an older one into {pointer} and run again"
         ) from error
 

@@ -33,22 +33,26 @@ def wavelength_a(voltage_kv: Tensor) -> Tensor:
 def contrast_transfer(parameters: Tensor, grid_x: Tensor, grid_y: Tensor) -> Tensor:
     """CTF [B, ...] of `parameters` [B, 9] (columns `schema.CTF_COLUMNS`) at frequencies [...] in 1/Å.
 
-    Computed in float64 (at 4 µm defocus and 3 Å the phase exceeds 10³ radians... a float32 phase would be off by 1e-4)
-    and returned in the grid's type.
+    √(1-w²) sin χ + w cos χ = sin(χ + arcsin w), and χ is a sum of five fixed functions of the frequency, so a batch costs
+    one small matrix product and one sine. Computed in float64 (χ may exceed 10³) and returned in the grid's type.
     """
-    columns = dict(zip(CTF_COLUMNS, parameters.to(torch.float64)[..., None, None].unbind(dim=1), strict=True))
-    x, y = grid_x.to(torch.float64)[None], grid_y.to(torch.float64)[None]
+    columns = dict(zip(CTF_COLUMNS, parameters.to(torch.float64).unbind(dim=1), strict=True))
+    x, y = grid_x.to(torch.float64), grid_y.to(torch.float64)
     s2 = x**2 + y**2
+    # s² cos 2α and s² sin 2α of the azimuth α, without the angle itself
+    functions = torch.stack([s2, x**2 - y**2, 2 * x * y, s2**2, torch.ones_like(s2)])
     lam = wavelength_a(columns["voltage_kv"])
-    mean = (columns["defocus_u_a"] + columns["defocus_v_a"]) / 2
-    difference = (columns["defocus_u_a"] - columns["defocus_v_a"]) / 2
-    azimuth = 2 * (torch.atan2(y, x) - torch.deg2rad(columns["defocus_angle_deg"]))
-    defocus = mean + difference * torch.cos(azimuth)
-    chi = math.pi * lam * defocus * s2 - (math.pi / 2) * (1e7 * columns["cs_mm"]) * lam**3 * s2**2
-    chi = chi + torch.deg2rad(columns["phase_shift_deg"])
-    w = columns["amplitude_contrast"]
-    ctf = torch.sqrt(1 - w**2) * torch.sin(chi) + w * torch.cos(chi)
-    return (columns["scale"] * ctf * torch.exp(-columns["b_factor_a2"] * s2 / 4)).to(grid_x.dtype)
+    mean = math.pi * lam * (columns["defocus_u_a"] + columns["defocus_v_a"]) / 2
+    difference = math.pi * lam * (columns["defocus_u_a"] - columns["defocus_v_a"]) / 2
+    twice = 2 * torch.deg2rad(columns["defocus_angle_deg"])
+    spherical = -(math.pi / 2) * (1e7 * columns["cs_mm"]) * lam**3
+    constant = torch.deg2rad(columns["phase_shift_deg"]) + torch.asin(columns["amplitude_contrast"])
+    weights = [mean, difference * torch.cos(twice), difference * torch.sin(twice), spherical, constant]
+    ctf = torch.sin(torch.tensordot(torch.stack(weights, dim=1), functions, dims=1))
+    beyond = (...,) + (None,) * grid_x.dim()
+    if columns["b_factor_a2"].any():
+        ctf = ctf * torch.exp(-columns["b_factor_a2"][beyond] * s2 / 4)
+    return (columns["scale"][beyond] * ctf).to(grid_x.dtype)
 
 
 def shift_phases(shifts: Tensor, grid_x: Tensor, grid_y: Tensor) -> Tensor:
