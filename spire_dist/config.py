@@ -7,10 +7,10 @@ precedence: defaults, then a preset (`presets.toml`), then the file, then `--set
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from spire_dist.errors import ConfigError
 
@@ -21,10 +21,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+FilePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+"""A path made absolute, so that a run's own config.toml holds from any folder."""
+
+
 class DataConfig(Section):
     """Where the particles are and how they are read."""
 
-    store: Path = Path("particles.zarr")
+    store: FilePath = Path("particles.zarr")
     """Particle store written by `spire-dist prep`."""
     resident_gib: float = Field(default=4.0, ge=0)
     """GiB; a set smaller than this is kept in memory, a larger one is streamed from the store."""
@@ -33,7 +37,7 @@ class DataConfig(Section):
 class ConsensusConfig(Section):
     """The homogeneous map that seeds the Gaussians."""
 
-    map: Path | None = None
+    map: FilePath | None = None
     """A map (.mrc, protein positive, any box and pixel size) to use instead of back-projecting the particles."""
     padding: int = Field(default=2, ge=1, le=4)
     """Oversampling of the back-projection in Fourier space."""
