@@ -98,3 +98,32 @@ def refusal() -> Refusal:
         return message
 
     return check
+
+
+@pytest.fixture(scope="session")
+def tiny_truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 simulated images, 24 px of 16 Å, of the built-in molecule in four states."""
+    from spire_dist.simulation.recipes import simulate
+
+    out = tmp_path_factory.mktemp("tiny") / "truth"
+    return simulate(out, states=4, particles=240, box=24, pixel_size=16.0, resolution=30.0, snr=1.0, shift_a=16.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_truth: Path) -> Path:
+    """The store of `tiny_truth`, in four shards."""
+    from data_prep.convert import prepare
+
+    return prepare(tiny_truth / "particles.star", tiny_truth.parent / "store", sign="+", images_per_shard=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_store: Path) -> list[str]:
+    """`--set` values of a run of a second or two on `tiny_store`: 40 and 24 steps of 32 images."""
+    return [
+        f"data.store='{tiny_store}'", "device='cpu'", "threads=1", "features=8", "output.log_seconds=0.01",
+        "output.volumes=2", "latent.dimension=2", "latent.encoder_width=32", "latent.encoder_box=16",
+        "stage1.gaussians=64", "stage1.epochs=5", "stage1.batch=32", "stage1.hidden=16",
+        "parts.clusters=2", "parts.anchors=3", "stage2.gaussians=96", "stage2.epochs=3", "stage2.batch=32",
+        "stage2.layers=1", "stage2.hidden=16", "stage2.anchor_hidden=16", "stage2.distil_steps=20",
+    ]  # fmt: skip
