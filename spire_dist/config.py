@@ -7,10 +7,10 @@ precedence: defaults, then a preset (`presets.toml`), then the file, then `--set
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spire_dist.errors import ConfigError
 
@@ -21,14 +21,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-FilePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-"""A path made absolute, so that a run's own config.toml holds from any folder."""
-
-
 class DataConfig(Section):
     """Where the particles are and how they are read."""
 
-    store: FilePath = Path("particles.zarr")
+    store: Path = Path("particles.zarr")
     """Particle store written by `spire-dist prep`."""
     resident_gib: float = Field(default=4.0, ge=0)
     """GiB; a set smaller than this is kept in memory, a larger one is streamed from the store."""
@@ -37,7 +33,7 @@ class DataConfig(Section):
 class ConsensusConfig(Section):
     """The homogeneous map that seeds the Gaussians."""
 
-    map: FilePath | None = None
+    map: Path | None = None
     """A map (.mrc, protein positive, any box and pixel size) to use instead of back-projecting the particles."""
     padding: int = Field(default=2, ge=1, le=4)
     """Oversampling of the back-projection in Fourier space."""
@@ -215,6 +211,14 @@ def validate(values: dict[str, Any], where: str) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as TOML; reading it back gives an equal one."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same configuration, valid from any folder."""
+    data = config.data.model_copy(update={"store": config.data.store.absolute()})
+    given = config.consensus.map
+    consensus = config.consensus.model_copy(update={"map": given.absolute() if given else None})
+    return config.model_copy(update={"data": data, "consensus": consensus})
 
 
 def _parse_override(text: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from spire_dist import __version__
-from spire_dist.config import RunConfig, dump_config, load_config
+from spire_dist.config import RunConfig, dump_config, load_config, with_absolute_paths
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.checkpoint import load_checkpoint, write_durably
 from spire_dist.errors import ConfigError, RunError
@@ -27,8 +27,9 @@ from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
 from spire_dist.physics.projector import render_volume
 
-FREE_TO_CHANGE = ("output", "threads", "device")
-"""Settings that may differ when a run is continued; all others decide what is computed."""
+FREE_TO_CHANGE = ("output", "threads", "device", "data")
+"""Settings that may differ when a run is continued; all others decide what is computed. (A store may have moved: its
+fingerprint tells whether it is the same.)"""
 
 
 def open_run(run: Path, config: RunConfig, store: ParticleStore) -> None:
@@ -36,6 +37,7 @@ def open_run(run: Path, config: RunConfig, store: ParticleStore) -> None:
 
     Raises ConfigError naming the first setting that differs, RunError where the directory cannot be written.
     """
+    config = with_absolute_paths(config)
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / "volumes").mkdir(exist_ok=True)
@@ -47,6 +49,7 @@ def open_run(run: Path, config: RunConfig, store: ParticleStore) -> None:
         if known != store.fingerprint:
             raise RunError(f"{run}: was started on particles with fingerprint {known[:12]}, {store.path} has "
                            f"{store.fingerprint[:12]}; train on the original store or choose a new --run")  # fmt: skip
+        write_durably(run / "config.toml", dump_config(config))
         return
     packages = ("torch", "numpy", "numba", "zarr")
     environment = {
@@ -71,8 +74,6 @@ def _refuse_other_config(run: Path, config: RunConfig) -> None:
         if not isinstance(value, dict):
             raise ConfigError(f"{section} = {value}: {run} was started with {old[section]}; use that, or a new --run")
         key = next(key for key in value if value[key] != old[section][key])
-        if (section, key) == ("data", "resident_gib"):
-            continue
         raise ConfigError(
             f"{section}.{key} = {value[key]}: {run} was started with {old[section][key]}; use that, or a new --run"
         )
