@@ -36,6 +36,7 @@ def discover_parts(
     clusters = min(clusters, len(features))
     weights = np.maximum(masses, 1e-6 * masses.max()).astype(np.float64)
     cluster = _kmeans(features, weights, clusters, seed)
+    clusters = int(cluster.max()) + 1
 
     pieces = np.ones(clusters, dtype=int)  # level-2 pieces of each cluster
     spread = np.array([_inertia(centres[cluster == c], weights[cluster == c]) for c in range(clusters)])
@@ -50,7 +51,7 @@ def discover_parts(
     for c in range(clusters):
         members = np.flatnonzero(cluster == c)
         piece = _kmeans(centres[members], weights[members], pieces[c], seed)
-        for p in range(pieces[c]):
+        for p in range(int(piece.max()) + 1):
             own = members[piece == p]
             anchor_of[own] = len(chosen)
             middle = np.average(centres[own], axis=0, weights=weights[own])
@@ -62,7 +63,8 @@ def _kmeans(points: NDArray[np.float32], weights: NDArray[np.float64], count: in
     if count == 1:
         return np.zeros(len(points), dtype=np.int64)
     means = KMeans(count, init="k-means++", n_init=RESTARTS, random_state=seed)  # pyright: ignore[reportArgumentType]
-    return means.fit_predict(points.astype(np.float64), sample_weight=weights).astype(np.int64)
+    labels = means.fit_predict(points.astype(np.float64), sample_weight=weights)
+    return np.unique(labels, return_inverse=True)[1]  # no gaps where fewer points are distinct
 
 
 def _inertia(points: NDArray[np.float32], weights: NDArray[np.float64]) -> float:
