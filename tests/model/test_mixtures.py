@@ -49,7 +49,7 @@ def network(net, z, f):
 
 
 def gram_schmidt(numbers):
-    a, b = numbers[:3] + [1, 0, 0], numbers[3:6] + [0, 1, 0]
+    a, b = numbers[:6].reshape(2, 3) + np.eye(3)[:2]
     x = a / np.sqrt(a @ a)
     y = b - (b @ x) * x
     y = y / np.sqrt(y @ y)
