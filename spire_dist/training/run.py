@@ -35,22 +35,27 @@ fingerprint tells whether it is the same.)"""
 def open_run(run: Path, config: RunConfig, store: ParticleStore) -> None:
     """Make a run directory, or check that an existing one is of the same configuration and particles.
 
+    A run that has neither map nor checkpoint yet (a mistake in its settings ended it) begins anew.
+
     Raises ConfigError naming the first setting that differs, RunError where the directory cannot be written.
     """
     config = with_absolute_paths(config)
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "volumes").mkdir(exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{run}: cannot be made ({error.strerror}); choose a run directory you may write to") from error
-    if (run / "config.toml").exists():
-        _refuse_other_config(run, config)
-        known = json.loads((run / "environment.json").read_text())["store_fingerprint"]
-        if known != store.fingerprint:
-            raise RunError(f"{run}: was started on particles with fingerprint {known[:12]}, {store.path} has "
-                           f"{store.fingerprint[:12]}; train on the original store or choose a new --run")  # fmt: skip
+        (run / "volumes").mkdir(parents=True, exist_ok=True)
+        if (run / "latest").exists() or (run / "volumes" / "consensus.mrc").exists():
+            _refuse_other_config(run, config)
+            _refuse_other_particles(run, store)
+        else:
+            _write_origin(run, store)
         write_durably(run / "config.toml", dump_config(config))
-        return
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or run}: cannot be written ({error.strerror}); choose a --run you may write to"
+        ) from error
+
+
+def _write_origin(run: Path, store: ParticleStore) -> None:
+    """The command, and where and on what it was started."""
     packages = ("torch", "numpy", "numba", "zarr")
     environment = {
         "store_fingerprint": store.fingerprint,
@@ -63,7 +68,13 @@ def open_run(run: Path, config: RunConfig, store: ParticleStore) -> None:
     }
     (run / "command.txt").write_text(" ".join(sys.argv) + "\n")
     (run / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-    write_durably(run / "config.toml", dump_config(config))
+
+
+def _refuse_other_particles(run: Path, store: ParticleStore) -> None:
+    known = json.loads((run / "environment.json").read_text())["store_fingerprint"]
+    if known != store.fingerprint:
+        raise RunError(f"{run}: was started on particles with fingerprint {known[:12]}, {store.path} has "
+                       f"{store.fingerprint[:12]}; train on the original store or choose a new --run")  # fmt: skip
 
 
 def _refuse_other_config(run: Path, config: RunConfig) -> None:

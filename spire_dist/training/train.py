@@ -49,6 +49,7 @@ def train(config: RunConfig, run: Path) -> None:
     where = (state["stage"], state["step"]) if state else (1, 0)
     if state is not None and (run / "latents.npy").exists():
         say(f"{run}: training is complete (stage 2, step {where[1]})")
+        write_status(run, "complete", *where)
         return
     write_status(run, "training", *where)
     try:
