@@ -189,7 +189,7 @@ def table(case: dict) -> Iterator[str]:
     """One case as text, ratios first."""
     yield f"box {case['box']} px, {case['gaussians']} Gaussians, {case['images']} images, {case['rounds']} rounds"
     yield (
-        f"{'':16}{'times':>8}{'forward':>10}{'+ backward':>12}{'quartiles':>18}{'per pair':>10}   error: "
+        f"{'':16}{'times':>8}{'forward':>10}{'+ backward':>12}{'quartiles':>22}{'per pair':>10}   error: "
         + ", ".join(QUANTITIES)
     )
     for name, row in case["methods"].items():
@@ -197,7 +197,7 @@ def table(case: dict) -> Iterator[str]:
         errors = "  ".join(f"{value:.1e}" for value in case["errors"][name].values())
         yield (
             f"{name:16}{row['times_slower']:8.2f}{row['forward_ms']:7.1f} ms{row['both_ms']:9.1f} ms"
-            f"{f'{low:.1f} - {high:.1f} ms':>18}{row['ns_per_pair']:7.0f} ns   {errors}"
+            f"{f'{low:.1f} - {high:.1f} ms':>22}{row['ns_per_pair']:7.0f} ns   {errors}"
         )
 
 
