@@ -89,7 +89,10 @@ def export_run(
     if latents is not None:
         wanted |= _numbered("given", latent_paths.read_points(latents, run.latents.shape[1]))
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be made ({error.strerror}); choose a folder you may write to") from error
     for stale in (out / "volumes").glob("path_*.mrc"):  # of a longer path: it would join the series in ChimeraX
         stale.unlink()
     written, level = [], 0.0
