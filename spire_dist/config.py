@@ -68,12 +68,12 @@ class RatesConfig(Section):
     """Feature units per step."""
     networks: float = Field(default=0.005, gt=0)
     """Weight units per step."""
-    latents: float = Field(default=0.1, gt=0)
+    latents: float = Field(default=0.3, gt=0)
     """Latent units per visit of the particle."""
 
 
 class StageConfig(Section):
-    """One of the two stages of training."""
+    """Stage 1: every Gaussian moves by itself."""
 
     gaussians: int = Field(default=2048, ge=1)
     """Number of Gaussians."""

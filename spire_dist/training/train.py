@@ -159,15 +159,17 @@ def _latents_from_state(state: dict[str, Any], source: BatchSource, config: RunC
 def _train(run, source, config, trainee, log, stop) -> dict[str, Any]:
     """Train one stage to its end and return its last saved state."""
 
-    def save() -> dict[str, Any]:
+    def save() -> None:
         state = trainee.state() | {"elapsed_s": log.elapsed_s, "store_fingerprint": source.store.fingerprint}
         save_checkpoint(run, trainee.stage * STEPS_PER_STAGE + trainee.step, state, config.output.keep)
         write_status(run, "training", trainee.stage, trainee.step)
-        return state
 
     stage = config.stage1 if trainee.stage == 1 else config.stage2
     train_stage(trainee, source, config, stage, log, stop, save)
-    return save()
+    save()
+    state = load_checkpoint(run)  # what comes next works on the CPU, wherever this stage was trained
+    assert state is not None
+    return state
 
 
 def _write_results(folder: Path, state: dict[str, Any], latents: Tensor, parts: Tensor) -> None:
