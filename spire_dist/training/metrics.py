@@ -1,7 +1,7 @@
 """What a run says while it trains: one console line, one JSONL record and TensorBoard scalars per interval."""
 
 import json
-import resource
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +15,7 @@ class RunLog:
     """Counts images and waiting time between log lines and writes all three kinds of record."""
 
     def __init__(self, run: Path, interval_s: float, elapsed_s: float = 0.0) -> None:
+        _drop_cut_line(run / "metrics.jsonl")
         self._jsonl = open(run / "metrics.jsonl", "a")  # noqa: SIM115 - lives as long as the run
         self._tensorboard = SummaryWriter(str(run / "tb"))
         self._interval_s = interval_s
@@ -78,11 +79,13 @@ class RunLog:
         self._tensorboard.close()
 
 
+def _drop_cut_line(path: Path) -> None:
+    """Take off a last line that a crash cut short, so that the next record begins a line of its own."""
+    if path.exists():
+        whole = path.read_bytes()
+        os.truncate(path, whole.rfind(b"\n") + 1)
+
+
 def say(line: str) -> None:
     """One line to the user."""
     print(line, file=sys.stdout, flush=True)
-
-
-def peak_memory_gib() -> float:
-    """The process's peak resident memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,6 +1,8 @@
 """`train`: a whole run, from particles to parts, latents and a trained hierarchy; going on where it stopped."""
 
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from spire_dist.data.loader import BatchSource
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
 from spire_dist.distributed.stopping import StopFlag
-from spire_dist.errors import ConfigError, SourceError, SpireError, Stopped
+from spire_dist.errors import ConfigError, SourceError, Stopped
 from spire_dist.maps import read_map, write_map
 from spire_dist.model.latents import Latents, LatentTable, build_latents
 from spire_dist.model.mixtures import Mixture
@@ -30,6 +32,18 @@ SAMPLE_IMAGES = 512
 """Images the seed's amplitude is fitted to."""
 STEPS_PER_STAGE = 10**8
 """Checkpoints are numbered by stage and step in it, in one number that sorts."""
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What every step of one run needs."""
+
+    run: Path
+    source: BatchSource
+    config: RunConfig
+    device: torch.device
+    log: RunLog
+    stop: StopFlag
 
 
 def train(config: RunConfig, run: Path) -> None:
@@ -57,14 +71,15 @@ def train(config: RunConfig, run: Path) -> None:
             source = BatchSource(store, config.data.resident_gib)
             log = RunLog(run, config.output.log_seconds, state["elapsed_s"] if state else 0.0)
             volume = consensus_map(run, source, config)
+            session = _Session(run, source, config, device, log, stop)
             if state is None or state["stage"] == 1:
-                state = _first_stage(run, source, config, volume, state, device, log, stop)
-            _second_stage(run, source, config, state, device, log, stop)
+                state = _first_stage(session, volume, state)
+            _second_stage(session, state)
             log.close()
-    except SpireError as error:
-        reached = load_checkpoint(run)
-        where = (reached["stage"], reached["step"]) if reached else where
-        write_status(run, "stopped" if isinstance(error, Stopped) else "failed", *where, str(error))
+    except BaseException as error:
+        status = json.loads((run / "STATUS.json").read_text())  # the last save
+        state_now = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
+        write_status(run, state_now, status["stage"], status["step"], str(error) or type(error).__name__)
         raise
     write_status(run, "complete", 2, load_checkpoint(run)["step"])  # type: ignore[index]
 
@@ -76,6 +91,9 @@ def consensus_map(run: Path, source: BatchSource, config: RunConfig) -> NDArray[
         return read_map(path)[0]
     if config.consensus.map is not None:
         volume = _resample(*read_map(config.consensus.map), box, pixel_size)
+        if volume.max() <= -volume.min():
+            raise SourceError(f"{config.consensus.map}: density from {volume.min():.3g} to {volume.max():.3g} looks inverted; "
+                              "give a map in which protein is positive")  # fmt: skip
     else:
         volume, halves = back_project(source, config.consensus.padding)
         for number, half in enumerate(halves, start=1):
@@ -98,28 +116,30 @@ def all_latents(latents: Latents, source: BatchSource) -> Tensor:
         return torch.cat([latents(b.rows, b.images, b.ctf, b.rotations, b.shifts_px) for b in batches])
 
 
-def _first_stage(run, source, config, volume, state, device, log, stop) -> dict[str, Any]:
+def _first_stage(session: _Session, volume: NDArray[np.float32], state: dict[str, Any] | None) -> dict[str, Any]:
     """Stage 1 to its end; returns its last state, which is also kept in `stage1/`."""
+    source, config, kept = session.source, session.config, session.run / "stage1"
     torch.manual_seed(config.seed)
     mixture = seed_coarse(volume, config, source.batch(np.arange(min(SAMPLE_IMAGES, source.store.count))))
     latents = build_latents(
         source.store.count, source.store.box, config.latent, torch.Generator().manual_seed(config.seed)
     )
-    trainee = _trainee(1, mixture, latents, config, device, state)
-    state = _train(run, source, config, trainee, log, stop)
-    if not (run / "stage1" / "latents.npy").exists():
+    trainee = _trainee(session, 1, mixture, latents, state)
+    state = _train(session, trainee)
+    if not (kept / "latents.npy").exists():
         values, cpu_mixture = all_latents(trainee.latents, source), trainee.mixture.cpu()
         parts = find_parts(cpu_mixture, values, config)  # type: ignore[arg-type]
-        _write_results(run / "stage1", state, values, torch.from_numpy(parts.anchor_of))
+        _write_results(kept, state, values, torch.from_numpy(parts.anchor_of))
     return state
 
 
-def _second_stage(run, source, config, state, device, log, stop) -> None:
+def _second_stage(session: _Session, state: dict[str, Any]) -> None:
     """Parts, the hierarchy seeded from stage 1, and its training."""
+    source, config = session.source, session.config
     torch.manual_seed(config.seed + 2)
     if state["stage"] == 1:
         coarse = mixture_from_state(state, config)
-        values = torch.from_numpy(np.load(run / "stage1" / "latents.npy"))
+        values = torch.from_numpy(np.load(session.run / "stage1" / "latents.npy"))
         parts = find_parts(coarse, values, config)  # type: ignore[arg-type]
         sizes = np.bincount(parts.anchor_of)
         say(f"parts: {len(np.unique(parts.cluster))} clusters of features, {len(parts.anchors)} anchors with "
@@ -128,20 +148,21 @@ def _second_stage(run, source, config, state, device, log, stop) -> None:
         latents: Latents = LatentTable(values)
         if config.latent.kind == "encoder":
             latents = _latents_from_state(state, source, config)
-        trainee = _trainee(2, mixture, latents, config, device, None)
+        trainee = _trainee(session, 2, mixture, latents, None)
     else:
-        trainee = _trainee(
-            2, mixture_from_state(state, config), _latents_from_state(state, source, config), config, device, state
-        )
-    state = _train(run, source, config, trainee, log, stop)
-    _write_results(run, state, all_latents(trainee.latents, source), state["mixture"]["anchor_of"])
+        latents = _latents_from_state(state, source, config)
+        trainee = _trainee(session, 2, mixture_from_state(state, config), latents, state)
+    state = _train(session, trainee)
+    _write_results(session.run, state, all_latents(trainee.latents, source), state["mixture"]["anchor_of"])
 
 
-def _trainee(stage, mixture, latents, config, device, state) -> Trainee:
-    """A stage ready to train on `device`, taking over `state` where there is one."""
-    mixture, latents = mixture.to(device), latents.to(device)
-    rates = config.stage1.rates if stage == 1 else config.stage2.rates
-    trainee = Trainee(stage, mixture, latents, build_optimisers(mixture, latents, rates))
+def _trainee(
+    session: _Session, stage: int, mixture: Mixture, latents: Latents, state: dict[str, Any] | None
+) -> Trainee:
+    """A stage ready to train on the session's device, taking over `state` where there is one."""
+    mixture, latents = mixture.to(session.device), latents.to(session.device)
+    settings = session.config.stage1 if stage == 1 else session.config.stage2
+    trainee = Trainee(stage, mixture, latents, build_optimisers(mixture, latents, settings.rates))
     if state is not None:
         trainee.restore(state)
         say(f"going on at stage {stage}, step {trainee.step}")
@@ -156,8 +177,9 @@ def _latents_from_state(state: dict[str, Any], source: BatchSource, config: RunC
     return latents
 
 
-def _train(run, source, config, trainee, log, stop) -> dict[str, Any]:
+def _train(session: _Session, trainee: Trainee) -> dict[str, Any]:
     """Train one stage to its end and return its last saved state."""
+    run, source, config, log = session.run, session.source, session.config, session.log
 
     def save() -> None:
         state = trainee.state() | {"elapsed_s": log.elapsed_s, "store_fingerprint": source.store.fingerprint}
@@ -165,7 +187,7 @@ def _train(run, source, config, trainee, log, stop) -> dict[str, Any]:
         write_status(run, "training", trainee.stage, trainee.step)
 
     stage = config.stage1 if trainee.stage == 1 else config.stage2
-    train_stage(trainee, source, config, stage, log, stop, save)
+    train_stage(trainee, source, config, stage, log, session.stop, save)
     save()
     state = load_checkpoint(run)  # what comes next works on the CPU, wherever this stage was trained
     assert state is not None

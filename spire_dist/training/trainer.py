@@ -1,6 +1,7 @@
 """The training loop, the same for both stages: batch, latents, predicted images, loss, step; log; save."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,13 @@ def batch_loss(
 
 
 def train_stage(
-    trainee: Trainee, source: BatchSource, config: RunConfig, stage: StageConfig, log: RunLog, stop: StopFlag, save
+    trainee: Trainee,
+    source: BatchSource,
+    config: RunConfig,
+    stage: StageConfig,
+    log: RunLog,
+    stop: StopFlag,
+    save: Callable[[], None],
 ) -> None:
     """Train to the end of the stage; `save()` is called at intervals and before leaving. Raises Stopped on request."""
     count = source.store.count
@@ -136,8 +143,8 @@ def train_stage(
 
 
 def _not_finite(trainee: Trainee, batch: Batch, source: BatchSource) -> str:
-    rows = source.store.source_index[batch.rows.cpu().numpy()]
+    rows = source.store.source_index[batch.rows.cpu().numpy()] + 1
     return (
         f"stage {trainee.stage}, step {trainee.step}: the loss is not finite; the batch holds rows {rows[:8].tolist()}... of "
-        f"the input; lower stage{trainee.stage}.rates and run the same command, which goes on from the last checkpoint"
+        f"the input, counted from 1; lower stage{trainee.stage}.rates and run the same command to go on from the last save"
     )

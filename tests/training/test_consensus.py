@@ -122,9 +122,9 @@ def test_a_given_map_of_another_box_and_pixel_size_is_resampled_about_its_centre
     assert not (tmp_path / "run" / "volumes" / "consensus_half1.mrc").exists()
 
 
-def test_a_map_without_positive_density_is_refused(tmp_path, refusal):
+def test_a_map_of_dark_protein_is_refused(tmp_path, refusal):
     source, truth = known_source(24, images=10)
-    write_map(tmp_path / "dark.mrc", -1 - truth, PIXEL_SIZE)
+    write_map(tmp_path / "dark.mrc", -truth, PIXEL_SIZE)
     config = load_config(overrides=[f"consensus.map='{tmp_path}/dark.mrc'"])
-    refusal(SourceError, ["dark.mrc", "no positive density"], lambda: consensus_map(tmp_path, source, config))
+    refusal(SourceError, ["dark.mrc", "inverted"], lambda: consensus_map(tmp_path, source, config))
     assert not (tmp_path / "volumes" / "consensus.mrc").exists()
