@@ -66,6 +66,7 @@ def train(config: RunConfig, run: Path) -> None:
         write_status(run, "complete", *where)
         return
     write_status(run, "training", *where)
+    say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, {torch.get_num_threads()} threads")
     try:
         with StopFlag() as stop:
             source = BatchSource(store, config.data.resident_gib)
