@@ -202,6 +202,8 @@ def _check_options(options: Options) -> None:
         raise ConfigError(f"images_per_shard: {options.images_per_shard}; expected a multiple of {IMAGES_PER_CHUNK}")
     if options.box is not None and options.box < 8:
         raise ConfigError(f"box: {options.box} px; expected at least 8")
+    if options.seed < 0:
+        raise ConfigError(f"seed: {options.seed}; expected 0 or more")
 
 
 def _check_slices(table: ParticleTable, stacks: list[Stack]) -> NDArray[np.int64]:

@@ -11,6 +11,16 @@ from data_prep.relion import read_star
 from data_prep.table import ParticleTable, finite
 from spire_dist import numpy_pickle
 from spire_dist.errors import SourceError
+from spire_dist.schema import CTF_COLUMNS
+
+CTF_RANGES = {
+    "defocus_u_a": (-2e5, 2e5),
+    "defocus_v_a": (-2e5, 2e5),
+    "voltage_kv": (20, 2000),
+    "cs_mm": (-20, 20),
+    "amplitude_contrast": (0, 1),
+}
+"""What a microscope can have, in the units of `schema.CTF_COLUMNS`."""
 
 
 def read_particles(source: Path, *, pixel_size: float | None = None, no_ctf: bool = False) -> ParticleTable:
@@ -22,9 +32,9 @@ def read_particles(source: Path, *, pixel_size: float | None = None, no_ctf: boo
     if not source.is_file():
         raise SourceError(f"{source}: no such file; give a RELION .star or cryoSPARC .cs file")
     if source.suffix == ".star":
-        return read_star(source, pixel_size, no_ctf)
+        return _with_possible_ctf(read_star(source, pixel_size, no_ctf))
     if source.suffix == ".cs":
-        return read_cs(source, pixel_size, no_ctf)
+        return _with_possible_ctf(read_cs(source, pixel_size, no_ctf))
     raise SourceError(
         f"{source}: unknown kind {source.suffix!r}; particles are read from RELION .star or cryoSPARC .cs"
     )
@@ -49,3 +59,15 @@ def with_cryodrgn_poses(table: ParticleTable, poses: Path, extent_a: NDArray[np.
         raise SourceError(f"{poses}: row {int(np.argmax(wrong)) + 1} is not a rotation matrix; expected R @ R.T = 1")
     shifts_a = -shifts * extent_a[:, None]
     return replace(table, rotations=rotations.astype(np.float32), shifts_a=shifts_a.astype(np.float32))
+
+
+def _with_possible_ctf(table: ParticleTable) -> ParticleTable:
+    """`table`, refused where a CTF value cannot be in its unit (contrast in percent, voltage in V, defocus in µm)."""
+    for name, (low, high) in CTF_RANGES.items():
+        values = table.ctf[:, CTF_COLUMNS.index(name)]
+        bad = np.flatnonzero(~((values >= low) & (values <= high)))
+        if bad.size:
+            raise SourceError(
+                f"{table.source}: {name} is {values[bad[0]]:g} in row {bad[0] + 1}; expected {low:g} to {high:g}"
+            )
+    return table

@@ -58,7 +58,7 @@ def finite(source: Path, name: str, values: ArrayLike) -> NDArray[np.float64]:
 def sane_pixel_sizes(source: Path, values: NDArray[np.float64]) -> NDArray[np.float64]:
     """`values` [N] Å/px, refused where they cannot be in Å."""
     low, high = PIXEL_SIZES_A
-    bad = np.flatnonzero((values < low) | (values > high))
+    bad = np.flatnonzero(~((values >= low) & (values <= high)))  # NaN too
     if bad.size:
         raise SourceError(
             f"{source}: pixel size {values[bad[0]]:g} Å in row {bad[0] + 1}; expected {low:g} to {high:g} Å"

@@ -140,14 +140,14 @@ class OutputConfig(Section):
     """Seconds between checkpoints."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept, the newest ones."""
-    volumes: int = Field(default=10, ge=1)
+    volumes: int = Field(default=10, ge=2)
     """Maps written at the end, spread over the latent space."""
 
 
 class RunConfig(Section):
     """A whole run."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Decides everything random; the same seed, data and machine give the same bits on the CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a CUDA device when there is one."""

@@ -34,8 +34,10 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int) -> P
     os.replace(partial, folder / "state.pt")
     write_durably(folder / COMMIT, f"{step}\n")
     write_durably(run / "latest", f"{folder.name}\n")
-    for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
-        if old != folder:
+    folders = sorted((run / "checkpoints").glob("step-*"))
+    complete = [old for old in folders if (old / COMMIT).exists()]
+    for old in folders:
+        if old != folder and old not in complete[-keep:]:
             shutil.rmtree(old)
     return folder
 

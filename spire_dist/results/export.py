@@ -93,14 +93,15 @@ def export_run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be made ({error.strerror}); choose a folder you may write to") from error
-    for stale in (out / "volumes").glob("path_*.mrc"):  # of a longer path: it would join the series in ChimeraX
-        stale.unlink()
     written, level = [], 0.0
     for name, z in progress(wanted.items(), "maps", total=len(wanted), unit="map"):
         volume = run.volume(z)
         level = level or float(np.quantile(volume, CONTOUR_QUANTILE))
         written.append(out / "volumes" / f"{name}.mrc")
         write_map(written[-1], volume, run.pixel_size)
+    for stale in (out / "volumes").glob("path_*.mrc"):  # of a longer path: it would join the series in ChimeraX
+        if path is not None and stale not in written:
+            stale.unlink()
     if wanted:
         written.append(out / "volumes.csv")
         _write_volume_table(written[-1], run, wanted)

@@ -48,7 +48,7 @@ class MapFsc:
 @lru_cache(maxsize=4)
 def _lattice(box: int, shells: Shells) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Of the half transform: indices inside the last shell, their shell, how often each counts; number of shells."""
-    if box % 2:
+    if box % 2 and shells == "benchmark":
         raise SourceError(f"FSC: a box of {box} px is odd; the benchmark's shells are defined for an even box")
     line = np.fft.fftfreq(box, 1 / box)  # integers
     half = np.arange(box // 2 + 1)
@@ -57,7 +57,7 @@ def _lattice(box: int, shells: Shells) -> tuple[np.ndarray, np.ndarray, np.ndarr
     count = box // 2 if shells == "benchmark" else box // 2 + 1
     inside = np.flatnonzero(index < count)
     column = inside % len(half)
-    twice = np.where((column == 0) | (column == box // 2), 1.0, 2.0)
+    twice = np.where((column == 0) | (2 * column == box), 1.0, 2.0)
     return inside, index[inside], twice, count
 
 
@@ -75,13 +75,17 @@ def spectrum(volume: np.ndarray, mask: np.ndarray | None = None, shells: Shells 
 
 
 def correlate(a: Spectrum, b: Spectrum) -> np.ndarray:
-    """`Re Σ conj(A) B / √(Σ|A|² Σ|B|²)` of each shell, 1 where a map has nothing; as it comes, in [-1, 1]."""
+    """`Re Σ conj(A) B / √(Σ|A|² Σ|B|²)` of each shell; as it comes, in [-1, 1].
+
+    Where a map has nothing: 1 in the benchmark's shells, as the benchmark has it, and 0 in the rounded ones.
+    """
     if (a.box, a.shells) != (b.box, b.shells):
         raise SourceError(f"FSC: boxes of {a.box} and {b.box} px; both maps must have the same")
     _, shell, twice, count = _lattice(a.box, a.shells)
     cross = np.bincount(shell, twice * np.real(a.coefficients.conj() * b.coefficients), minlength=count)
     norm = np.sqrt(a.power * b.power)
-    return np.divide(cross, norm, out=np.ones(count), where=norm > 0)
+    empty = np.full(count, 1.0 if a.shells == "benchmark" else 0.0)
+    return np.divide(cross, norm, out=empty, where=norm > 0)
 
 
 def benchmark_curve(a: Spectrum, b: Spectrum) -> np.ndarray:

@@ -70,11 +70,13 @@ def _read_star_as_text(path: Path) -> tuple[dict[str, Any], str]:
         columns = sorted({column for block in tables.values() for column in block.columns})
         blocks: Any = starfile.read(path, always_dict=True, parse_as_string=columns)
     except Exception as error:  # starfile raises whatever its parser met
-        raise SourceError(f"{path}: not a STAR file that can be read ({str(error).splitlines()[0:1]})") from error
+        raise SourceError(
+            f"{path}: not a STAR file that can be read ({next(iter(str(error).splitlines()), 'damaged')})"
+        ) from error
     named = [name for name, block in tables.items() if "rlnImageName" in block.columns]
     if not named:
         raise SourceError(f"{path}: no block with _rlnImageName; give the file the store was made from")
-    return blocks, named[0]
+    return blocks, "particles" if "particles" in named else named[0]  # as prep chooses
 
 
 def _cs_table(path: Path) -> pd.DataFrame:

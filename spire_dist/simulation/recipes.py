@@ -85,6 +85,8 @@ def simulate(
     Raises ConfigError for a setting that cannot be used, SourceError for a file; `out` then does not appear.
     """
     settings = dict(locals())
+    if seed < 0:
+        raise ConfigError(f"seed: {seed}; give 0 or more")
     _check(out, states, particles, snr, snr_at, shift_a, sign, box=box, pixel_size=pixel_size, resolution=resolution)
     ensemble = _states(model, rotate, axis, omit, states, seed)
     _check_fits(ensemble, box, pixel_size, shift_a)
@@ -95,6 +97,10 @@ def simulate(
     shifts = np.random.default_rng([seed, 1]).uniform(-shift_a, shift_a, (particles, 2)).astype(np.float32)
 
     partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be made ({error.strerror}); choose a place you may write to") from error
     try:
         for name in ("images", f"vols/{box}_org", "init_mask"):
             (partial / name).mkdir(parents=True)

@@ -1,7 +1,6 @@
 """What a run says while it trains: one console line, one JSONL record and TensorBoard scalars per interval."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -10,12 +9,18 @@ import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from spire_dist.distributed.checkpoint import write_durably
+
 
 class RunLog:
     """Counts images and waiting time between log lines and writes all three kinds of record."""
 
-    def __init__(self, run: Path, interval_s: float, elapsed_s: float = 0.0) -> None:
-        _drop_cut_line(run / "metrics.jsonl")
+    def __init__(
+        self, run: Path, interval_s: float, device: torch.device, reached: tuple[int, int], elapsed_s: float = 0.0
+    ) -> None:
+        """`reached` is the (stage, step) the run goes on from; what a crashed process logged beyond it is dropped."""
+        _drop_records_beyond(run / "metrics.jsonl", reached)
+        self._device = device
         self._jsonl = open(run / "metrics.jsonl", "a")  # noqa: SIM115 - lives as long as the run
         self._tensorboard = SummaryWriter(str(run / "tb"))
         self._interval_s = interval_s
@@ -69,8 +74,8 @@ class RunLog:
         self.restart_interval(waited_s)
 
     def _memory_gib(self) -> float:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 2**30
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
         return self._process.memory_info().rss / 2**30
 
     def close(self) -> None:
@@ -79,11 +84,19 @@ class RunLog:
         self._tensorboard.close()
 
 
-def _drop_cut_line(path: Path) -> None:
-    """Take off a last line that a crash cut short, so that the next record begins a line of its own."""
-    if path.exists():
-        whole = path.read_bytes()
-        os.truncate(path, whole.rfind(b"\n") + 1)
+def _drop_records_beyond(path: Path, reached: tuple[int, int]) -> None:
+    """Keep the records up to (stage, step): later ones will be made again, and a crash may have cut the last one short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if (record["stage"], record["step"]) <= reached:
+            kept.append(line + "\n")
+    write_durably(path, "".join(kept))
 
 
 def say(line: str) -> None:

@@ -4,11 +4,14 @@ config.toml  command.txt  environment.json  STATUS.json  metrics.jsonl  tb/  che
 volumes/consensus*.mrc  latents.npy  parts.npy  stage1/ (the coarse model as it ended, laid out like the run itself)
 """
 
+import fcntl
 import json
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -88,6 +91,21 @@ def _refuse_other_config(run: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"{section}.{key} = {value[key]}: {run} was started with {old[section][key]}; use that, or a new --run"
         )
+
+
+@contextmanager
+def sole_trainer(run: Path) -> Iterator[None]:
+    """Hold a run directory for this process. Raises RunError while another one trains there (requeued and by hand, say)."""
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{run}: another process trains here (its pid is in STATUS.json); wait for it or stop it"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def write_status(run: Path, state: str, stage: int, step: int, message: str = "") -> None:

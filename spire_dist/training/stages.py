@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spire_dist.config import HierarchyConfig, RunConfig
 from spire_dist.data.loader import Batch
+from spire_dist.errors import RunError
 from spire_dist.model.gaussians import Gaussians, draw_centres, random_features
 from spire_dist.model.image_model import predict
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture
@@ -67,6 +68,10 @@ def sample_latents(latents: Tensor, seed: int) -> Tensor:
 def find_parts(mixture: CoarseMixture, latents: Tensor, config: RunConfig) -> Parts:
     """Parts of a trained coarse model whose particles lie at `latents` [N, L]."""
     centres, masses = summarise(mixture, sample_latents(latents, config.seed))
+    if not (torch.isfinite(masses).all() and torch.isfinite(centres).all() and masses.sum() > 0):
+        raise RunError(
+            "stage 1 ended without usable Gaussians (vanished or not finite); start a new --run with lower stage1.rates"
+        )
     features = feature_view(mixture)
     return discover_parts(
         features, centres[0].numpy(), masses.mean(0).numpy(), config.parts.clusters, config.parts.anchors, config.seed

@@ -24,7 +24,7 @@ from spire_dist.model.latents import Latents, LatentTable, build_latents
 from spire_dist.model.mixtures import Mixture
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
-from spire_dist.training.run import mixture_from_state, open_run, write_status
+from spire_dist.training.run import mixture_from_state, open_run, sole_trainer, write_status
 from spire_dist.training.stages import find_parts, seed_coarse, seed_hierarchy
 from spire_dist.training.trainer import Trainee, build_optimisers, train_stage
 
@@ -59,6 +59,12 @@ def train(config: RunConfig, run: Path) -> None:
             f"data.store = {store.path}: prepared without poses; prepare it from a file with poses (or --poses)"
         )
     open_run(run, config, store)
+    with sole_trainer(run):
+        _begin_or_go_on(config, run, store, device)
+
+
+def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: torch.device) -> None:
+    """The whole run from wherever its checkpoint stands; STATUS.json follows."""
     state = load_checkpoint(run)
     where = (state["stage"], state["step"]) if state else (1, 0)
     if state is not None and (run / "latents.npy").exists():
@@ -66,11 +72,13 @@ def train(config: RunConfig, run: Path) -> None:
         write_status(run, "complete", *where)
         return
     write_status(run, "training", *where)
-    say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, {torch.get_num_threads()} threads")
+    say(
+        f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, {torch.get_num_threads()} threads"
+    )
     try:
         with StopFlag() as stop:
             source = BatchSource(store, config.data.resident_gib)
-            log = RunLog(run, config.output.log_seconds, state["elapsed_s"] if state else 0.0)
+            log = RunLog(run, config.output.log_seconds, device, where, state["elapsed_s"] if state else 0.0)
             volume = consensus_map(run, source, config)
             session = _Session(run, source, config, device, log, stop)
             if state is None or state["stage"] == 1:

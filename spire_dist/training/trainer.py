@@ -146,5 +146,5 @@ def _not_finite(trainee: Trainee, batch: Batch, source: BatchSource) -> str:
     rows = source.store.source_index[batch.rows.cpu().numpy()] + 1
     return (
         f"stage {trainee.stage}, step {trainee.step}: the loss is not finite; the batch holds rows {rows[:8].tolist()}... of "
-        f"the input, counted from 1; lower stage{trainee.stage}.rates and run the same command to go on from the last save"
+        f"the input, counted from 1; start a new --run with lower stage{trainee.stage}.rates"
     )

@@ -15,7 +15,7 @@ from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, RunError, SourceError, StoreError
 from spire_dist.maps import read_map, write_map
 from spire_dist.physics.projector import render_volume
-from spire_dist.training.run import load_run
+from spire_dist.training.run import load_run, sole_trainer
 from spire_dist.training.train import train
 
 
@@ -251,3 +251,10 @@ def test_odd_settings_still_make_a_run(tmp_path, train_tiny, settings):
     run = train_tiny(tmp_path / "run", *short, *settings)
     assert status(run)["state"] == "complete"
     assert np.isfinite(np.load(run / "latents.npy")).all()
+
+
+def test_a_second_process_on_the_same_run_directory_is_refused(tiny_store, tiny_settings, tmp_path, refusal):
+    config = load_config(overrides=tiny_settings)
+    tmp_path.joinpath("run").mkdir()
+    with sole_trainer(tmp_path / "run"):
+        refusal(RunError, ["run", "another process trains here"], lambda: train(config, tmp_path / "run"))
