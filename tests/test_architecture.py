@@ -295,7 +295,7 @@ def test_planted_text_is_seen(line: str):
     assert forbidden_text({"docs/page.md": f"fine\n{line}\n"})[0].startswith("docs/page.md:2: ")
 
 
-@pytest.mark.parametrize("line", ["runs/work/x", "cd /home/you/cryo", "https://example.org/tmp/x", "pip install torch"])
+@pytest.mark.parametrize("line", ["cd /home/you/cryo", "https://example.org/tmp/x", "pip install torch"])
 def test_harmless_text_passes(line: str):
     assert forbidden_text({"docs/page.md": line}) == []
 

@@ -116,3 +116,22 @@ def test_curve_file_holds_cycles_per_voxel_and_fsc(tmp_path):
     assert (tmp_path / "curve.txt").read_text().splitlines()[:3] == [
         "pixres fsc", "0.0000000 1.0000000", "0.1250000 0.9000000"
     ]  # fmt: skip
+
+
+def test_an_odd_box_has_an_ordinary_fsc_but_no_benchmark_score():
+    a, b = np.random.default_rng(3).normal(size=(2, 15, 15, 15))
+    curve = fsc.map_fsc(a, a + b, 1.0).curve
+    axis = np.arange(15) - 7
+    radius = np.rint(np.sqrt(axis[:, None, None] ** 2 + axis[None, :, None] ** 2 + axis**2))
+    x, y = (np.fft.fftshift(np.fft.fftn(volume)) for volume in (a, a + b))
+    for i in range(len(curve)):
+        s = radius == i
+        expected = np.real(np.sum(x[s].conj() * y[s])) / np.sqrt(np.sum(np.abs(x[s]) ** 2) * np.sum(np.abs(y[s]) ** 2))
+        assert abs(curve[i] - expected) < 1e-9
+    with pytest.raises(SourceError, match="odd"):
+        fsc.benchmark_fsc(a, b)
+
+
+def test_an_empty_map_agrees_with_nothing():
+    a = np.random.default_rng(4).normal(size=(8, 8, 8))
+    assert (fsc.map_fsc(a, 0 * a, 1.0).curve == 0).all()
