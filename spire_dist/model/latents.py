@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from spire_dist.config import LatentConfig
+from spire_dist.physics.ctf import frequency_grid, shift_phases
 
 START_SPREAD = 0.1
 """Standard deviation of a table's start: enough to break the symmetry between particles."""
@@ -49,20 +50,10 @@ class ImageEncoder(nn.Module):
 def centred_small_images(transforms: Tensor, shifts_px: Tensor, small: int) -> Tensor:
     """Images [B, small, small], variance kept near one, moved back by `shifts_px` [B, 2] and Fourier-cropped."""
     box = transforms.shape[-2]
-    frequency_y = torch.fft.fftfreq(small, device=transforms.device) * small / box
-    frequency_x = torch.fft.rfftfreq(small, device=transforms.device) * small / box
     half = small // 2
     rows = torch.cat([transforms[:, : small - half], transforms[:, box - half :]], dim=1)
-    angle = (
-        2
-        * torch.pi
-        * (
-            shifts_px[:, 0, None, None] * frequency_x[None, None, :]
-            + shifts_px[:, 1, None, None] * frequency_y[None, :, None]
-        )
-    )
-    cropped = rows[:, :, : half + 1] * torch.polar(torch.ones_like(angle), angle)
-    return torch.fft.irfft2(cropped, s=(small, small)) * (small / box)
+    back = shift_phases(-shifts_px, *frequency_grid(small, box / small, transforms.device))
+    return torch.fft.irfft2(rows[:, :, : half + 1] * back, s=(small, small)) * (small / box)
 
 
 Latents = LatentTable | ImageEncoder

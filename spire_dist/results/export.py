@@ -32,7 +32,7 @@ CONTOUR_QUANTILE = 0.99
 
 
 def export(
-    run: Path,
+    run: Path | FinishedRun,
     out: Path,
     *,
     path: str | None = "loop",
@@ -45,7 +45,7 @@ def export(
     source: Path | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """Write the results of the run in directory `run` into the folder `out`; returns the files written.
+    """Write the results of `run`, a run directory or an open run, into the folder `out`; returns the files written.
 
     path       maps along `loop` (a closed curve through the data), `axis-1`, `axis-2`, ... (straight, 5th to 95th
                percentile) or a file of points to go through; None: no path.  frames: how many maps on it
@@ -55,28 +55,7 @@ def export(
     atoms      write parts.cif and parts.cxc;  star: write particles.star (needs the input, or `source` where it moved)
                (None: where the input is there)
     """
-    finished = load_run(run)
-    return export_run(
-        finished, out, path=path, frames=frames, clusters=clusters, particles=particles, latents=latents,
-        atoms=atoms, star=star, source=source, seed=seed,
-    )  # fmt: skip
-
-
-def export_run(
-    run: FinishedRun,
-    out: Path,
-    *,
-    path: str | None = "loop",
-    frames: int = 20,
-    clusters: int = 0,
-    particles: Sequence[int] = (),
-    latents: Path | None = None,
-    atoms: bool = True,
-    star: bool | None = True,
-    source: Path | None = None,
-    seed: int = 0,
-) -> list[Path]:
-    """`export` of a run that is open already."""
+    run = load_run(run) if isinstance(run, Path) else run
     if star is None:
         star = (source or Path(run.store.attributes["inputs"][0]["path"])).is_file()
     particles_file = source_path(run.store, source) if star else None

@@ -9,11 +9,11 @@ final map (Rosenthal & Henderson 2003, C_ref = √(2 FSC / (1 + FSC))).
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from spire_dist.data.loader import BatchSource
 from spire_dist.physics import kernels_cpu
+from spire_dist.physics.ctf import frequency_grid, shift_phases
 from spire_dist.progress import progress
 
 BATCH = 256
@@ -27,16 +27,12 @@ def back_project(source: BatchSource, padding: int = 2) -> tuple[NDArray[np.floa
     grid = padding * box
     sums = [(np.zeros((grid,) * 3, np.complex64), np.zeros((grid,) * 3, np.float32)) for _ in range(2)]
     count = math.ceil(source.store.count / BATCH)
+    frequencies = frequency_grid(box, 1.0)
     for batch in progress(source.sequence(BATCH), "consensus", total=count, unit="batch"):
         images, ctf = batch.images, batch.ctf
-        kx = torch.fft.rfftfreq(box, device=images.device)
-        ky = torch.fft.fftfreq(box, device=images.device)
         # Back by the shift, and by box // 2, so that the particle's centre is the origin of the phases.
-        offset = batch.shifts_px + box // 2
-        angle = (
-            2 * math.pi * (offset[:, 0, None, None] * kx[None, None, :] + offset[:, 1, None, None] * ky[None, :, None])
-        )
-        numerators = (ctf * images * torch.polar(torch.ones_like(angle), angle)).numpy()
+        centring = shift_phases(-(batch.shifts_px + box // 2), *frequencies)
+        numerators = (ctf * images * centring).numpy()
         weights = (ctf**2).numpy()
         rotations = batch.rotations.numpy()
         for half, (numerator, weight) in enumerate(sums):

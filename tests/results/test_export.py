@@ -9,18 +9,18 @@ import starfile
 
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.results import tables
-from spire_dist.results.export import export_run
+from spire_dist.results.export import export
 
 
 @pytest.fixture(scope="module")
 def exported(standin, tmp_path_factory):
     out = tmp_path_factory.mktemp("export")
-    export_run(standin, out, frames=5, clusters=3, particles=[7])
+    export(standin, out, frames=5, clusters=3, particles=[7])
     return out
 
 
 def test_every_file_named_is_there_and_no_partial_one(standin, tmp_path):
-    written = export_run(standin, tmp_path, frames=3)
+    written = export(standin, tmp_path, frames=3)
     assert all(path.is_file() for path in written)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(written)
 
@@ -44,7 +44,7 @@ def test_map_of_a_particle_is_the_one_at_its_latent(standin, exported):
 
 def test_export_into_the_run_itself_leaves_its_consensus_alone(standin):
     before = standin.consensus.stat().st_mtime_ns
-    written = export_run(standin, standin.directory, frames=2)
+    written = export(standin, standin.directory, frames=2)
     assert standin.consensus in written
     assert standin.consensus.stat().st_mtime_ns == before
 
@@ -126,7 +126,7 @@ def test_input_that_moved_is_named_before_anything_is_written(standin, tmp_path)
     with pytest.raises(
         SourceError, match=r"gone\.star: the particles' own file is not there; name its new place with --source"
     ):
-        export_run(standin, tmp_path / "out", source=tmp_path / "gone.star")
+        export(standin, tmp_path / "out", source=tmp_path / "gone.star")
     assert not (tmp_path / "out").exists()
 
 
@@ -140,4 +140,4 @@ def test_input_with_fewer_rows_than_the_store_is_refused(standin, tmp_path):
 
 def test_particle_outside_the_store_is_refused(standin, tmp_path):
     with pytest.raises(ConfigError, match="row 4000 is not in the store"):
-        export_run(standin, tmp_path / "out", particles=[4000])
+        export(standin, tmp_path / "out", particles=[4000])
