@@ -37,14 +37,8 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 0,
 ) -> None:
     """Simulate, prepare, train, evaluate; print and write what came of it."""
-    data, store, run = out / "data", out / "store", out / "run"
-    if not data.exists():  # it appears complete or not at all
-        out.mkdir(parents=True, exist_ok=True)
-        cli.simulate(
-            data, model=[model], rotate="H:1-213,L", axis="H:213,H:244", states=states, particles=particles, box=64,
-            pixel_size=6.0, snr=0.1, snr_at="after", ctf_table=ctf_table, seed=seed,
-        )  # fmt: skip
-    cli.prep(data / "particles.star", store)
+    data, store = make_set(out, model, ctf_table, states, particles, seed)
+    run = out / "run"
     cli.train(None, run=run, store=store, preset=preset, settings=settings)
     cli.evaluate(run, data)
 
@@ -52,6 +46,21 @@ def main(
     (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     print()
     print("\n".join(lines(result)))
+
+
+def make_set(
+    out: Path, model: Path, ctf_table: Path, states: int = 20, particles: int = 5000, seed: int = 0
+) -> tuple[Path, Path]:
+    """OUT/data, the simulated set, and OUT/store, made from it; what is there already is used as it is."""
+    data, store = out / "data", out / "store"
+    if not data.exists():  # it appears complete or not at all
+        out.mkdir(parents=True, exist_ok=True)
+        cli.simulate(
+            data, model=[model], rotate="H:1-213,L", axis="H:213,H:244", states=states, particles=particles, box=64,
+            pixel_size=6.0, snr=0.1, snr_at="after", ctf_table=ctf_table, seed=seed,
+        )  # fmt: skip
+    cli.prep(data / "particles.star", store)
+    return data, store
 
 
 def collect(run: Path, data: Path) -> dict:

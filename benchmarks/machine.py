@@ -1,11 +1,22 @@
-"""What a measurement was made on. Called by every benchmark, so that no number stands without it."""
+"""What a measurement is made on. Called by every benchmark, so that no number stands without it."""
 
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
+import numba
+import torch
+
 PACKAGES = ("torch", "numba", "numpy", "spire-dist")
+
+
+def use_threads(threads: int) -> int:
+    """The same number for torch and for the CPU projector; 0 takes all cores. Returns the number."""
+    threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    numba.set_num_threads(threads)
+    return threads
 
 
 def describe_machine(threads: int = 0) -> dict:

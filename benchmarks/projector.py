@@ -10,12 +10,10 @@ Compared, forward and backward, on the same Gaussians in the same poses:
     dense compiled       the same under torch.compile, where a C++ compiler is found
 
 Methods take turns within a round, so that another load of the machine meets all of them, and a ratio is the median of the
-rounds' ratios. The upstream gradient is white noise. OUT gets projector.json and projector.png.
+rounds' ratios. The upstream gradient is white noise. OUT gets projector.json, projector.md and projector.png.
 """
 
-import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +21,13 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import matplotlib.pyplot as plt
-import numba
 import numpy as np
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.machine import describe_machine, machine_line
+from benchmarks.machine import describe_machine, machine_line, use_threads
+from benchmarks.tables import table, write
 from spire_dist.physics.poses import random_rotations
 from spire_dist.physics.projector import project
 from spire_dist.progress import progress
@@ -63,19 +61,16 @@ Projector = Callable[[Scene], Tensor]
 
 
 def main(
-    out: Annotated[Path, typer.Argument(help="Folder for projector.json and projector.png.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the results.")],
     quick: Annotated[bool, typer.Option(help="Small cases, few rounds, nothing compiled.")] = False,
     rounds: Annotated[int, typer.Option(help="Timed rounds of each case [3 if quick].")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 takes all cores.")] = 0,
     compiled: Annotated[bool, typer.Option(help="Also time the dense sum under torch.compile.")] = True,
 ) -> None:
-    """Time and check the projector; print tables, write JSON and a plot."""
-    threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
+    """Time and check the projector; print tables, write JSON, Markdown and a plot."""
+    threads = use_threads(threads)
     with_compiler = compiled and not quick and any(map(shutil.which, ("c++", "g++", "clang++")))
     result: dict = {"machine": describe_machine(threads), "cases": []}
-    print(machine_line(result["machine"]))
     for box, gaussians, images in QUICK_CASES if quick else CASES:
         scene = make_scene(box, gaussians, images)
         methods = dict(methods_of(box, with_compiler))
@@ -83,9 +78,9 @@ def main(
         errors = errors_of(methods, scene)
         case = {"box": box, "gaussians": gaussians, "images": images, "rounds": len(times["dense einsum"])}
         result["cases"].append(case | {"methods": summarise(times, images * gaussians), "errors": errors})
-        print("\n" + "\n".join(table(result["cases"][-1])))
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "projector.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = list(lines(result))
+    print("\n".join(("", *text)))
+    write(out, "projector", result, text)
     plot(result, out / "projector.png")
 
 
@@ -185,20 +180,26 @@ def summarise(times: dict[str, np.ndarray], pairs: int) -> dict[str, dict[str, f
     return summary
 
 
-def table(case: dict) -> Iterator[str]:
-    """One case as text, ratios first."""
-    yield f"box {case['box']} px, {case['gaussians']} Gaussians, {case['images']} images, {case['rounds']} rounds"
-    yield (
-        f"{'':16}{'times':>8}{'forward':>10}{'+ backward':>12}{'quartiles':>22}{'per pair':>10}   error: "
-        + ", ".join(QUANTITIES)
-    )
-    for name, row in case["methods"].items():
-        low, high = row["both_quartiles_ms"]
-        errors = "  ".join(f"{value:.1e}" for value in case["errors"][name].values())
-        yield (
-            f"{name:16}{row['times_slower']:8.2f}{row['forward_ms']:7.1f} ms{row['both_ms']:9.1f} ms"
-            f"{f'{low:.1f} - {high:.1f} ms':>22}{row['ns_per_pair']:7.0f} ns   {errors}"
+def lines(result: dict) -> Iterator[str]:
+    """The result as Markdown that also reads well in a terminal, ratios first."""
+    yield machine_line(result["machine"])
+    for case in result["cases"]:
+        yield ""
+        yield f"{case['box']} px, {case['gaussians']:,} Gaussians, {case['images']} images, {case['rounds']} rounds"
+        yield ""
+        yield from table(
+            ("", "times slower", "forward + backward", "quartiles", "forward", "per pair", *QUANTITIES),
+            (_row(name, row, case["errors"][name]) for name, row in case["methods"].items()),
         )
+    yield ""
+    yield "A pair is one Gaussian in one image. The last four columns: relative L2 error against the dense sum in float64."
+
+
+def _row(name: str, row: dict, errors: dict[str, float]) -> tuple[str, ...]:
+    low, high = row["both_quartiles_ms"]
+    times = f"{row['times_slower']:.2f}", f"{row['both_ms']:.1f} ms", f"{low:.1f} - {high:.1f} ms"
+    rest = f"{row['forward_ms']:.1f} ms", f"{row['ns_per_pair']:.0f} ns", *(f"{value:.1e}" for value in errors.values())
+    return name, *times, *rest
 
 
 def plot(result: dict, path: Path) -> None:
