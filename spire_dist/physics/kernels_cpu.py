@@ -1,148 +1,254 @@
 """The CPU projector: a local splat in numba, forward and backward, compiled on first use and cached; no compiler needed.
 
-Each Gaussian touches only the pixels within `cut` standard deviations, so the work does not depend on the box. One thread
-owns one image, so there are no atomics and the result has the same bits on any number of threads. Windows are padded to
-whole vectors of eight pixels: the padding is multiplied by zeros, which is cheaper than a scalar remainder loop.
-Called by `projector` only; everything here is in pixels and float32.
+Each Gaussian touches only the pixels within `cut` standard deviations, so the work does not depend on the box. Rotation,
+shift and line integral happen here too: nothing per image and Gaussian is written but its gradient. A window is a column
+of vectors sixteen pixels wide (`simd`); what they hold beyond the cut are true values of the Gaussian, and the canvas is
+wide enough to the right for those beyond the box.
+
+One task owns a canvas: an image or, where images are few, one part of its Gaussians. The division depends on the sizes
+alone and there are no atomics, so the result has the same bits on any number of threads. Called by `projector` only.
 """
 
 import math
 
 import numpy as np
 from numba import njit, prange
+from numpy.typing import NDArray
 
-LANES = 8
+from spire_dist.physics.simd import LANES, exp2, fma, load, ramp, spread, store, total
+
+Floats = NDArray[np.float32]
+ENOUGH_TASKS = 64
+"""Below this many images, Gaussians are divided too."""
+HALF_LOG2_E = np.float32(0.5 * math.log2(math.e))
+SQRT_2PI = np.float32(math.sqrt(2 * math.pi))
+
+
+def splat_forward(
+    centres: Floats,
+    amplitudes: Floats,
+    widths: Floats,
+    rotations: Floats,
+    shifts: Floats,
+    box: int,
+    pixel_size: float,
+    cut: float,
+) -> Floats:
+    """Images [B, box, box]. All arrays contiguous float32, lengths in Å:
+
+    centres [B or 1, N, 3], amplitudes [B or 1, N], widths [N], rotations [B, 3, 3], shifts [B, 2]; one row serves all images.
+    """
+    parts = _parts(len(rotations), len(widths), box)
+    images = np.empty((len(rotations), parts, box, box), dtype=np.float32)
+    pixel, reach = np.float32(pixel_size), np.float32(cut)
+    _forward(centres, amplitudes, widths, rotations, shifts, pixel, reach, images)
+    return images[:, 0] if parts == 1 else images.sum(axis=1)
+
+
+def splat_backward(
+    centres: Floats,
+    amplitudes: Floats,
+    widths: Floats,
+    rotations: Floats,
+    shifts: Floats,
+    pixel_size: float,
+    cut: float,
+    gradient: Floats,
+) -> tuple[Floats, Floats, Floats]:
+    """Gradients per image from that of the images [B, box, box]: centres [B, N, 3], amplitudes [B, N], widths [B, N]."""
+    batch, count = len(rotations), len(widths)
+    outputs = [np.empty(shape, dtype=np.float32) for shape in ((batch, count, 3), (batch, count), (batch, count))]
+    parts = _parts(batch, count, gradient.shape[1])
+    pixel, reach = np.float32(pixel_size), np.float32(cut)
+    _backward(centres, amplitudes, widths, rotations, shifts, pixel, reach, gradient, parts, *outputs)
+    return outputs[0], outputs[1], outputs[2]
+
+
+def _parts(batch: int, count: int, box: int) -> int:
+    """Tasks per image: enough for many cores, but each with more to splat than its canvas costs to clear and add."""
+    return max(1, min(ENOUGH_TASKS // max(batch, 1), count // max(1024, box * box // 8)))
+
+
+@njit(inline="always")
+def _pose(rotation, shift, pixel, box):  # pragma: no cover - compiled
+    """Centre [x, y, z] Å -> pixel (x, y): two rows of three factors and an offset each."""
+    middle = np.float32(box // 2)
+    scale = np.float32(1) / pixel
+    x = (rotation[0, 0] * scale, rotation[0, 1] * scale, rotation[0, 2] * scale, shift[0] * scale + middle)
+    y = (rotation[1, 0] * scale, rotation[1, 1] * scale, rotation[1, 2] * scale, shift[1] * scale + middle)
+    return x, y
+
+
+@njit(inline="always")
+def _apply(row, centres, n):  # pragma: no cover - compiled
+    """One coordinate of Gaussian n. (A view `centres[n]` would be counted in and out, atomically.)"""
+    return row[0] * centres[n, 0] + row[1] * centres[n, 1] + row[2] * centres[n, 2] + row[3]
 
 
 @njit(inline="always")
 def _window(centre, reach, box):  # pragma: no cover - compiled
-    """First and last pixel whose area is within reach, clipped to the box (empty when last < first)."""
-    return max(0, math.ceil(centre - reach - 0.5)), min(box - 1, math.floor(centre + reach + 0.5))
+    """First and last pixel whose area is within reach, clipped to the box; empty (last < first) beyond it.
+
+    Clipped as numbers, before they become integers. A centre that is not a number gets the whole box, so that it is seen.
+    """
+    zero, border, end, half = np.float32(0), np.float32(box - 1), np.float32(box), np.float32(0.5)
+    first, last = centre - reach - half, centre + reach + half
+    first = first if first > zero else zero
+    first = first if first < end else end
+    last = last if last < border else border
+    last = last if last > -half else -half
+    return math.ceil(first), math.floor(last)
 
 
 @njit(inline="always")
-def _profile(out, centre, first, last, padded, inverse):  # pragma: no cover - compiled
-    """exp(-(i - centre)² inverse) for i = first..last into `out`, then zeros up to `padded`."""
-    for i in range(last - first + 1):
-        distance = np.float32(first + i) - centre
-        out[i] = math.exp(-distance * distance * inverse)
-    for i in range(last - first + 1, padded):
-        out[i] = np.float32(0)
+def _splat(canvas, stride, x, y, weight, width, reach, box, profile):  # pragma: no cover - compiled
+    """Add weight exp(-((i - x)² + (j - y)²) / 2 width²) around (x, y) to the flat canvas; all in pixels."""
+    x0, x1 = _window(x, reach, box)
+    y0, y1 = _window(y, reach, box)
+    if x1 < x0 or y1 < y0:
+        return
+    rows = y1 - y0 + 1
+    factor = spread(-HALF_LOG2_E / (width * width))
+    distance = ramp() + spread(np.float32(y0) - y)
+    for j in range(0, rows, LANES):
+        store(profile, j, exp2(distance * distance * factor) * spread(weight))
+        distance = distance + spread(LANES)
+    distance = ramp() + spread(np.float32(x0) - x)
+    for i in range(x0, x1 + 1, LANES):
+        across = exp2(distance * distance * factor)
+        at = y0 * stride + i
+        for j in range(rows):
+            store(canvas, at, fma(spread(profile[j]), across, load(canvas, at)))
+            at += stride
+        distance = distance + spread(LANES)
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
-def splat_forward(centres, weights, widths, cut, box, images):  # pragma: no cover - compiled
-    """Add Gaussians: centres [B, N, 2] (x, y), weights [B, N], widths [N] into zeroed images [B, box, box]."""
-    batch, count = weights.shape
-    stride = box + LANES
-    for b in prange(batch):
-        canvas = np.zeros((box, stride), dtype=np.float32)
-        profile_x = np.empty(stride, dtype=np.float32)
-        profile_y = np.empty(stride, dtype=np.float32)
-        for n in range(count):
-            weight = weights[b, n]
-            reach = cut * widths[n]
-            x0, x1 = _window(centres[b, n, 0], reach, box)
-            y0, y1 = _window(centres[b, n, 1], reach, box)
-            if weight == 0 or x1 < x0 or y1 < y0:
-                continue
-            inverse = np.float32(0.5) / (widths[n] * widths[n])
-            vectors = (x1 - x0 + LANES) // LANES
-            _profile(profile_x, centres[b, n, 0], x0, x1, vectors * LANES, inverse)
-            _profile(profile_y, centres[b, n, 1], y0, y1, y1 - y0 + 1, inverse)
-            for j in range(y1 - y0 + 1):
-                row = weight * profile_y[j]
-                for v in range(vectors):
-                    for lane in range(LANES):
-                        canvas[y0 + j, x0 + v * LANES + lane] += row * profile_x[v * LANES + lane]
-        images[b] = canvas[:, :box]
+@njit(parallel=True, cache=True, error_model="numpy")
+def _forward(centres, amplitudes, widths, rotations, shifts, pixel, cut, images):  # pragma: no cover - compiled
+    batch, parts, box = images.shape[0], images.shape[1], images.shape[2]
+    count, stride = len(widths), box + LANES
+    for task in prange(batch * parts):
+        b, part = task // parts, task % parts
+        own = slice(count * part // parts, count * (part + 1) // parts)
+        canvas = np.zeros(box * stride, dtype=np.float32)
+        _forward_part(
+            centres[b % len(centres)][own], amplitudes[b % len(amplitudes)][own], widths[own], rotations[b], shifts[b],
+            pixel, cut, box, canvas,
+        )  # fmt: skip
+        images[b, part] = canvas.reshape(box, stride)[:, :box]
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "arcp", "reassoc"}, error_model="numpy")
-def splat_backward(
-    centres, weights, widths, cut, gradient, d_centres, d_weights, d_widths
+@njit(error_model="numpy", fastmath={"contract"})
+def _forward_part(centres, amplitudes, widths, rotation, shift, pixel, cut, box, canvas):  # pragma: no cover - compiled
+    profile = np.empty(box + LANES, dtype=np.float32)
+    to_x, to_y = _pose(rotation, shift, pixel, box)
+    for n in range(len(widths)):
+        width = widths[n] / pixel
+        weight = amplitudes[n] * (SQRT_2PI * widths[n])
+        x, y = _apply(to_x, centres, n), _apply(to_y, centres, n)
+        _splat(canvas, box + LANES, x, y, weight, width, cut * width, box, profile)
+
+
+@njit(parallel=True, cache=True, error_model="numpy")
+def _backward(
+    centres, amplitudes, widths, rotations, shifts, pixel, cut, gradient, parts, d_centres, d_amplitudes, d_widths
 ):  # pragma: no cover - compiled
-    """Gradients of `splat_forward` from the images' gradient [B, box, box]; all outputs are per image:
-
-    d_centres [B, N, 2], d_weights [B, N], d_widths [B, N] (the caller sums the last over images). Four moments of the
-    window are enough: sums of g·G times 1, dx, dy and dx² + dy². They are gathered by column first, so that the long
-    loop runs along whole vectors and only the last one sums across them.
-    """
-    batch, count = weights.shape
-    box = gradient.shape[1]
-    stride = box + LANES
-    for b in prange(batch):
+    batch, box = gradient.shape[0], gradient.shape[1]
+    count, stride = len(widths), box + LANES
+    for task in prange(batch * parts):
+        b, part = task // parts, task % parts
+        own = slice(count * part // parts, count * (part + 1) // parts)
         canvas = np.zeros((box, stride), dtype=np.float32)
         canvas[:, :box] = gradient[b]
-        profile_x = np.empty(stride, dtype=np.float32)
-        profile_y = np.empty(stride, dtype=np.float32)
-        column_0 = np.empty(stride, dtype=np.float32)
-        column_1 = np.empty(stride, dtype=np.float32)
-        column_2 = np.empty(stride, dtype=np.float32)
-        for n in range(count):
-            width = widths[n]
-            reach = cut * width
-            cx, cy = centres[b, n, 0], centres[b, n, 1]
-            x0, x1 = _window(cx, reach, box)
-            y0, y1 = _window(cy, reach, box)
-            if x1 < x0 or y1 < y0:
-                d_centres[b, n, 0] = d_centres[b, n, 1] = d_weights[b, n] = d_widths[b, n] = np.float32(0)
-                continue
-            inverse = np.float32(0.5) / (width * width)
-            vectors = (x1 - x0 + LANES) // LANES
-            _profile(profile_x, cx, x0, x1, vectors * LANES, inverse)
-            _profile(profile_y, cy, y0, y1, y1 - y0 + 1, inverse)
-            for i in range(vectors * LANES):
-                column_0[i] = column_1[i] = column_2[i] = np.float32(0)
-            for j in range(y1 - y0 + 1):
-                dy = np.float32(y0 + j) - cy
-                row_0 = profile_y[j]
-                row_1 = row_0 * dy
-                row_2 = row_1 * dy
-                for v in range(vectors):
-                    for lane in range(LANES):
-                        i = v * LANES + lane
-                        value = canvas[y0 + j, x0 + i]
-                        column_0[i] += row_0 * value
-                        column_1[i] += row_1 * value
-                        column_2[i] += row_2 * value
-            moment_0 = moment_x = moment_y = moment_2 = np.float32(0)
-            for i in range(x1 - x0 + 1):
-                dx = np.float32(x0 + i) - cx
-                moment_0 += profile_x[i] * column_0[i]
-                moment_x += profile_x[i] * dx * column_0[i]
-                moment_y += profile_x[i] * column_1[i]
-                moment_2 += profile_x[i] * (dx * dx * column_0[i] + column_2[i])
-            scale = np.float32(2) * inverse * weights[b, n]
-            d_centres[b, n, 0] = scale * moment_x
-            d_centres[b, n, 1] = scale * moment_y
-            d_weights[b, n] = moment_0
-            d_widths[b, n] = scale * moment_2 / width
+        _backward_part(
+            centres[b % len(centres)][own], amplitudes[b % len(amplitudes)][own], widths[own], rotations[b], shifts[b],
+            pixel, cut, box, canvas.reshape(-1), d_centres[b][own], d_amplitudes[b][own], d_widths[b][own],
+        )  # fmt: skip
 
 
-@njit(parallel=True, cache=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
-def rasterise(centres, weights, widths, cut, volume):  # pragma: no cover - compiled
-    """Add 3-D Gaussians: centres [N, 3] (x, y, z), weights [N], widths [N] into a zeroed volume [box, box, box] (z, y, x).
+@njit(error_model="numpy", fastmath={"contract"})
+def _backward_part(
+    centres, amplitudes, widths, rotation, shift, pixel, cut, box, canvas, d_centres, d_amplitudes, d_widths
+):  # pragma: no cover - compiled
+    """Four moments of the window are enough: sums of g·G times 1, dx, dy and dx² + dy².
 
-    One thread owns one z section, so the result does not depend on the number of threads.
+    They are gathered down the columns first, so that the long loop works on whole vectors and each moment is summed
+    across its vector once.
+    """
+    stride = box + LANES
+    profiles = np.empty((3, box + LANES), dtype=np.float32)
+    profile_0, profile_1, profile_2 = profiles[0], profiles[1], profiles[2]
+    to_x, to_y = _pose(rotation, shift, pixel, box)
+    zero = np.float32(0)
+    for n in range(len(widths)):
+        width = widths[n] / pixel
+        x, y = _apply(to_x, centres, n), _apply(to_y, centres, n)
+        x0, x1 = _window(x, cut * width, box)
+        y0, y1 = _window(y, cut * width, box)
+        if x1 < x0 or y1 < y0:
+            d_centres[n, 0] = d_centres[n, 1] = d_centres[n, 2] = d_amplitudes[n] = d_widths[n] = zero
+            continue
+        rows = y1 - y0 + 1
+        factor = spread(-HALF_LOG2_E / (width * width))
+        distance = ramp() + spread(np.float32(y0) - y)
+        for j in range(0, rows, LANES):
+            along = exp2(distance * distance * factor)
+            store(profile_0, j, along)
+            store(profile_1, j, along * distance)
+            store(profile_2, j, along * distance * distance)
+            distance = distance + spread(LANES)
+        distance = ramp() + spread(np.float32(x0) - x)
+        sum_0 = spread(zero)
+        sum_x = sum_0
+        sum_y = sum_0
+        sum_2 = sum_0
+        for i in range(x0, x1 + 1, LANES):
+            column_0 = spread(zero)
+            column_1 = column_0
+            column_2 = column_0
+            at = y0 * stride + i
+            for j in range(rows):
+                value = load(canvas, at)
+                column_0 = fma(spread(profile_0[j]), value, column_0)
+                column_1 = fma(spread(profile_1[j]), value, column_1)
+                column_2 = fma(spread(profile_2[j]), value, column_2)
+                at += stride
+            across = exp2(distance * distance * factor)
+            column_0 = column_0 * across
+            sum_0 = sum_0 + column_0
+            column_0 = column_0 * distance
+            sum_x = sum_x + column_0
+            sum_y = fma(across, column_1, sum_y)
+            sum_2 = fma(column_0, distance, fma(across, column_2, sum_2))
+            distance = distance + spread(LANES)
+        moment_0 = total(sum_0)
+        weight = amplitudes[n] * (SQRT_2PI * widths[n])
+        scale = weight / (width * width)
+        d_x, d_y = scale * total(sum_x), scale * total(sum_y)
+        for k in range(3):
+            d_centres[n, k] = to_x[k] * d_x + to_y[k] * d_y
+        d_amplitudes[n] = SQRT_2PI * widths[n] * moment_0
+        d_widths[n] = (scale / width * total(sum_2)) / pixel + SQRT_2PI * amplitudes[n] * moment_0
+
+
+@njit(parallel=True, cache=True, error_model="numpy")
+def rasterise(centres, amplitudes, widths, cut, volume):  # pragma: no cover - compiled
+    """Write 3-D Gaussians, all in pixels: centres [N, 3] (x, y, z), amplitudes [N], widths [N], into [box, box, box] (z, y, x).
+
+    One task owns one section along z, so the result does not depend on the number of threads.
     """
     box = volume.shape[0]
+    stride = box + LANES
     for z in prange(box):
-        profile_x = np.empty(box + LANES, dtype=np.float32)
-        for n in range(weights.shape[0]):
+        canvas = np.zeros(box * stride, dtype=np.float32)
+        profile = np.empty(stride, dtype=np.float32)
+        for n in range(len(widths)):
             reach = cut * widths[n]
-            dz = np.float32(z) - centres[n, 2]
-            if abs(dz) > reach + 0.5 or weights[n] == 0:
-                continue
-            x0, x1 = _window(centres[n, 0], reach, box)
-            y0, y1 = _window(centres[n, 1], reach, box)
-            inverse = np.float32(0.5) / (widths[n] * widths[n])
-            _profile(profile_x, centres[n, 0], x0, x1, x1 - x0 + 1, inverse)
-            for y in range(y0, y1 + 1):
-                dy = np.float32(y) - centres[n, 1]
-                row = weights[n] * np.float32(math.exp(-(dy * dy + dz * dz) * inverse))
-                for x in range(x0, x1 + 1):
-                    volume[z, y, x] += row * profile_x[x - x0]
+            depth = np.float32(z) - centres[n, 2]
+            if abs(depth) <= reach + np.float32(0.5):
+                weight = amplitudes[n] * math.exp(-depth * depth / (2 * widths[n] * widths[n]))
+                _splat(canvas, stride, centres[n, 0], centres[n, 1], weight, widths[n], reach, box, profile)
+        volume[z] = canvas.reshape(box, stride)[:, :box]
 
 
 @njit(cache=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")

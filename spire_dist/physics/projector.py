@@ -4,11 +4,16 @@ Density `V(p) = Σ_i m_i exp(-‖p - c_i‖² / (2 s_i²))`; its exact line inte
 `P(q) = Σ_i m_i √(2π) s_i exp(-‖q - c'_i‖² / (2 s_i²))` (CryoSPIRE equations 1 and 2). Both are sampled at pixel centres, the
 origin at index `box // 2`. This is the point-sampled form: below a width of about 0.7 px it aliases.
 
-Two backends behind one signature: `torch`, a dense separable sum that works on any device and in float64 and is the
-reference, and `numba`, the local splat of `kernels_cpu`. The tensors' device and type choose, unless told.
+One signature, four backends, chosen by the tensors' device and type unless told:
+
+    torch          dense separable sum on any device, in any precision, differentiable in all inputs: the reference
+    numba          local splat on the CPU, float32 (`kernels_cpu`)
+    triton         local splat on a GPU, float32 (`kernels_gpu`)
+    triton-dense   every pixel on a GPU, products in half precision: boxes of few pixels, wide Gaussians (`kernels_gpu`)
 """
 
 import math
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -16,14 +21,18 @@ from torch import Tensor
 
 from spire_dist.physics import kernels_cpu
 
-Backend = Literal["torch", "numba"]
+Backend = Literal["torch", "numba", "triton", "triton-dense"]
 DEFAULT_CUT = 4.0
-"""Standard deviations at which the local splat ends: relative error 3e-5 in the image, 2e-4 in the centres' gradient."""
+"""Standard deviations at which the local splat ends: relative error 2e-5 in the image, 2e-4 in the centres' gradient."""
 
 
 def choose_backend(tensor: Tensor) -> Backend:
-    """`numba` for float32 on the CPU, `torch` for anything else."""
-    return "numba" if tensor.device.type == "cpu" and tensor.dtype == torch.float32 else "torch"
+    """The local splat where there is one for the tensor's device and type, else the reference."""
+    if tensor.dtype == torch.float32 and tensor.device.type == "cpu":
+        return "numba"
+    if tensor.dtype == torch.float32 and tensor.device.type == "cuda" and find_spec("triton"):
+        return "triton"
+    return "torch"
 
 
 def project(
@@ -43,16 +52,23 @@ def project(
     amplitudes  [N] or [B, N], peak density
     widths      [N], Å, standard deviation, positive
     rotations   [B, 3, 3], r_image = R @ r_volume; shifts [B, 2], Å, (x, y)
-    cut         standard deviations at which a Gaussian ends (the dense `torch` backend sums to the edge of the box)
+    cut         standard deviations at which a Gaussian ends, at least (dense backends sum to the edge of the box)
+    backend     one of `Backend`; by default `choose_backend(centres)`
+
+    Where poses ask for a gradient the backend must be `torch`; the others raise ValueError.
     """
-    planar = centres @ rotations[:, :2].transpose(1, 2) + shifts[:, None, :]  # [B, N, 2]
-    weights = amplitudes * (math.sqrt(2 * math.pi) * widths)
-    centres_px = planar / pixel_size + box // 2
-    weights = weights.expand(centres_px.shape[:2])
-    widths_px = widths / pixel_size
-    if (backend or choose_backend(centres_px)) == "numba":
-        return _LocalSplat.apply(centres_px, weights, widths_px, box, cut)  # type: ignore[return-value]
-    return splat_dense(centres_px, weights, widths_px, box)
+    backend = backend or choose_backend(centres)
+    if backend == "torch":
+        planar = centres @ rotations[:, :2].transpose(1, 2) + shifts[:, None, :]  # [B, N, 2]
+        weights = (amplitudes * (math.sqrt(2 * math.pi) * widths)).expand(planar.shape[:2])
+        return splat_dense(planar / pixel_size + box // 2, weights, widths / pixel_size, box)
+    if rotations.requires_grad or shifts.requires_grad:
+        raise ValueError(f"backend {backend!r} gives poses no gradient; use backend='torch'")
+    per_image = (
+        centres if centres.ndim == 3 else centres[None],
+        amplitudes if amplitudes.ndim == 2 else amplitudes[None],
+    )
+    return _Splat.apply(*per_image, widths, rotations, shifts, box, pixel_size, cut, backend)  # type: ignore[return-value]
 
 
 def splat_dense(centres_px: Tensor, weights: Tensor, widths_px: Tensor, box: int) -> Tensor:
@@ -64,28 +80,37 @@ def splat_dense(centres_px: Tensor, weights: Tensor, widths_px: Tensor, box: int
     return profile_y.transpose(1, 2) @ profile_x
 
 
-class _LocalSplat(torch.autograd.Function):
-    """`kernels_cpu` seen by autograd."""
+class _Splat(torch.autograd.Function):
+    """The kernels seen by autograd. Nothing is kept but the inputs."""
 
     @staticmethod
-    def forward(ctx, centres_px, weights, widths_px, box, cut):
-        centres_px, weights, widths_px = centres_px.contiguous(), weights.contiguous(), widths_px.contiguous()
-        images = centres_px.new_zeros(len(centres_px), box, box)
-        points, shares, sigmas = (t.detach().numpy() for t in (centres_px, weights, widths_px))
-        kernels_cpu.splat_forward(points, shares, sigmas, cut, box, images.numpy())
-        ctx.save_for_backward(centres_px, weights, widths_px)
-        ctx.cut = cut
-        return images
+    def forward(ctx, centres, amplitudes, widths, rotations, shifts, box, pixel_size, cut, backend):
+        inputs = [t.detach().contiguous() for t in (centres, amplitudes, widths, rotations, shifts)]
+        ctx.save_for_backward(*inputs)
+        ctx.pixel_size, ctx.cut, ctx.backend = pixel_size, cut, backend
+        if backend == "numba":
+            return torch.from_numpy(kernels_cpu.splat_forward(*(t.numpy() for t in inputs), box, pixel_size, cut))
+        from spire_dist.physics import kernels_gpu
+
+        if backend == "triton-dense":
+            return kernels_gpu.dense_forward(*inputs, box, pixel_size)
+        return kernels_gpu.splat_forward(*inputs, box, pixel_size, cut)
 
     @staticmethod
     def backward(ctx, *gradients):
-        centres_px, weights, widths_px = ctx.saved_tensors
-        d_centres, d_weights, d_widths = (torch.empty_like(t) for t in (centres_px, weights, weights))
-        points, shares, sigmas = (t.detach().numpy() for t in (centres_px, weights, widths_px))
-        gradient = gradients[0].contiguous().numpy()
-        outputs = (d_centres.numpy(), d_weights.numpy(), d_widths.numpy())
-        kernels_cpu.splat_backward(points, shares, sigmas, ctx.cut, gradient, outputs[0], outputs[1], outputs[2])
-        return d_centres, d_weights, d_widths.sum(dim=0), None, None
+        inputs, gradient = ctx.saved_tensors, gradients[0].contiguous()
+        if ctx.backend == "numba":
+            arrays = kernels_cpu.splat_backward(*(t.numpy() for t in inputs), ctx.pixel_size, ctx.cut, gradient.numpy())
+            found = [torch.from_numpy(array) for array in arrays]
+        else:
+            from spire_dist.physics import kernels_gpu
+
+            if ctx.backend == "triton-dense":
+                found = kernels_gpu.dense_backward(*inputs, ctx.pixel_size, gradient)
+            else:
+                found = kernels_gpu.splat_backward(*inputs, ctx.pixel_size, ctx.cut, gradient)
+        sums = [own.sum_to_size(shared.shape) for own, shared in zip(found, inputs[:3], strict=True)]
+        return *sums, None, None, None, None, None, None
 
 
 def render_volume(
@@ -95,8 +120,8 @@ def render_volume(
 
     Not differentiable. Computed on the CPU in float32, returned there.
     """
-    volume = torch.zeros(box, box, box)
+    volume = torch.empty(box, box, box)
     pixels = (centres / pixel_size + box // 2, amplitudes, widths / pixel_size)
-    points, shares, sigmas = (t.detach().to("cpu", torch.float32).contiguous().numpy() for t in pixels)
-    kernels_cpu.rasterise(points, shares, sigmas, cut, volume.numpy())
+    points, peaks, sigmas = (t.detach().to("cpu", torch.float32).contiguous().numpy() for t in pixels)
+    kernels_cpu.rasterise(points, peaks, sigmas, cut, volume.numpy())
     return volume
