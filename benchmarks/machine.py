@@ -15,7 +15,7 @@ def use_threads(threads: int) -> int:
     """The same number for torch and for the CPU projector; 0 takes all cores. Returns the number."""
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     return threads
 
 

@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
+
+from benchmarks import peer
+from benchmarks.growth import exponent
+from benchmarks.memory import peak_rise
+from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,10 +45,10 @@ def test_projector_agrees_with_an_independent_dense_sum_in_float64(tmp_path: Pat
 @pytest.mark.slow
 def test_igg_goes_the_whole_way_and_collects_every_number(tmp_path: Path, shared_data: Path):
     model = shared_data / "models" / "sarata00+SBI_Project" / "1hzh.pdb.gz"
-    table = shared_data / "ctf" / "empiar10028_ctf.npy"
+    rows = shared_data / "ctf" / "empiar10028_ctf.npy"
     settings = ["stage1.gaussians=64", "stage2.gaussians=64", "stage1.epochs=1", "stage2.epochs=1"]
     words = [word for setting in settings for word in ("--set", setting)]
-    files = ("--model", model, "--ctf-table", table)
+    files = ("--model", model, "--ctf-table", rows)
     printed = run_benchmark("igg", tmp_path, *files, "--states", 2, "--particles", 128, *words)
     assert "64 px × 6.0 Å, SNR 0.1 after cropping" in printed
     result = json.loads((tmp_path / "results.json").read_text())
@@ -50,3 +57,57 @@ def test_igg_goes_the_whole_way_and_collects_every_number(tmp_path: Path, shared
     assert all(0 < value < 31 / 64 for means in result["auc"].values() for value in means.values())
     assert result["auc"]["average"]["unmasked"] > result["auc"]["stage 1"]["unmasked"]  # 64 Gaussians after one pass
     assert set(result["adjusted_rand_index"]) == {"stage 1", "stage 2"}
+
+
+@pytest.mark.slow
+def test_step_without_its_peer_times_every_case_and_says_so(tmp_path: Path, shared_data: Path):
+    model = shared_data / "models" / "sarata00+SBI_Project" / "1hzh.pdb.gz"
+    rows = shared_data / "ctf" / "empiar10028_ctf.npy"
+    printed = run_benchmark("step", tmp_path, "--quick", "--threads", 1, "--model", model, "--ctf-table", rows)
+    assert "cryoDRGN was not measured" in printed
+    assert (tmp_path / "step.md").read_text() in printed
+    assert (tmp_path / "step.png").stat().st_size > 1000
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert result["times_peer"] is None
+    assert [len(rates) for rates in result["images_per_s"].values()] == [1, 1, 1]
+    # A step holds at least centres and amplitudes and their gradients, 8 floats, for every Gaussian of every image.
+    assert all(size["bytes"] > 32 * size["images"] * size["gaussians"] for size in result["memory"]["sizes"])
+    assert len(result["growth"]["images"]["ns_per_pair"]) == len(result["growth"]["gaussians"]["ns_per_pair"]) == 4
+
+
+def test_python_without_cryodrgn_is_told_how_to_get_it():
+    with pytest.raises(typer.BadParameter, match=r"pip install cryodrgn==4\.3\.1"):
+        peer.versions(Path(sys.executable))
+
+
+def test_peak_rise_is_the_memory_held_at_once():
+    def work() -> None:
+        for count in (4_000_000, 1_000_000):
+            np.ones(count)
+
+    assert peak_rise(work) == pytest.approx(32e6, rel=0.1)
+
+
+def test_epoch_seconds_are_read_from_the_log_of_the_peer():
+    log = """\
+(INFO) (train_vae.py) (23-Nov-2026 01:54:49) # [Train Epoch: 1/2] [112/250 particles] gen loss=0.705514, kld=0.259188
+(INFO) (train_vae.py) (23-Nov-2026 01:54:52) # =====> Epoch: 1 Average gen loss = 0.705713, KLD = 0.230297, total loss = \
+0.705731; Finished in 0:00:05.804923
+(INFO) (train_vae.py) (23-Nov-2026 01:54:52) Evaluating z
+(INFO) (train_vae.py) (23-Nov-2026 01:54:57) # =====> Epoch: 2 Average gen loss = 0.681827, KLD = 0.409592, total loss = \
+0.681859; Finished in 1:02:03
+(INFO) (train_vae.py) (23-Nov-2026 01:54:58) Finished in 0:00:13.312628 (0:00:06.656314 per epoch)
+"""
+    assert peer.epoch_seconds(log) == {1: 5.804923, 2: 3723.0}
+
+
+def test_exponent_of_a_power_law_is_found():
+    assert exponent((1, 2, 4), np.array([3.0, 3 * 2**1.5, 3 * 4**1.5])) == pytest.approx(1.5)
+
+
+def test_table_is_aligned_markdown():
+    assert list(table(("", "images/s"), [("stage 1", "9")])) == [
+        "|         | images/s |",
+        "|---------|---------:|",
+        "| stage 1 |        9 |",
+    ]

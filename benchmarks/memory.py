@@ -1,0 +1,141 @@
+"""Memory that a training step needs beyond parameters, optimiser state and its batch.
+
+    python -m benchmarks.memory IMAGES GAUSSIANS
+
+measures one step of the hierarchy with networks of 3 × 128 at 128 px and prints bytes and seconds as JSON.
+`benchmarks.step` calls it for several sizes, each in a process of its own, and extends the line through them.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import typer
+
+from benchmarks.machine import use_threads
+from benchmarks.tables import table
+from spire_dist.config import HierarchyConfig, RunConfig
+from spire_dist.data.loader import Batch
+from spire_dist.model.gaussians import Gaussians
+from spire_dist.model.latents import LatentTable
+from spire_dist.model.mixtures import HierarchicalMixture
+from spire_dist.physics.poses import random_rotations
+from spire_dist.progress import progress
+from spire_dist.training.trainer import Trainee, batch_loss, build_optimisers
+
+BOX, ANCHORS, RADIUS_PX = 128, 5, 40.0
+SIZES = ((8, 8192), (8, 16384), (16, 8192), (16, 16384))
+QUICK_SIZES = ((2, 512), (4, 1024))
+FULL_SIZE = (64, 65536)
+"""(images, Gaussians)."""
+TARGET_BYTES = 1e9
+FREE_SHARE, LONGEST_S = 0.7, 120.0
+"""The full size runs where it should take no more than this share of the free memory, and no longer than this."""
+
+
+def main(images: int, gaussians: int, threads: int = 0) -> None:
+    """Measure one size in this process; print it as JSON."""
+    use_threads(threads)
+    training_step(2, 64)()  # compiles, starts threads
+    step = training_step(images, gaussians)
+    start = time.perf_counter()
+    rise = peak_rise(step)
+    print(json.dumps({"images": images, "gaussians": gaussians, "bytes": rise, "s": time.perf_counter() - start}))
+
+
+def peak_rise(work: Callable[[], object]) -> int:
+    """Bytes by which this process's resident memory rises, at its highest, while `work` runs. Linux."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+    before = _memory_status("VmRSS")
+    work()
+    return _memory_status("VmHWM") - before
+
+
+def _memory_status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
+
+
+def training_step(images: int, gaussians: int) -> Callable[[], None]:
+    """Loss, gradients and optimisers on synthetic particles; all that it needs is allocated before it is called."""
+    config = RunConfig(stage2=HierarchyConfig(gaussians=gaussians, layers=3, hidden=128))
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    own = Gaussians(
+        RADIUS_PX / 4 * normal(gaussians, 3), torch.full((gaussians,), 1.5), normal(gaussians, config.features)
+    )
+    anchor_of = torch.arange(gaussians) * ANCHORS // gaussians
+    centres, features = RADIUS_PX / 2 * normal(ANCHORS, 3), normal(ANCHORS, config.features)
+    mixture = HierarchicalMixture(own, anchor_of, centres, features, config.latent.dimension, config.stage2)
+    latents = LatentTable(normal(images, config.latent.dimension))
+    trainee = Trainee(2, mixture, latents, build_optimisers(mixture, latents, config.stage2.rates))
+    for parameter in mixture.parameters():  # one step along zero makes the optimiser's state
+        parameter.grad = torch.zeros_like(parameter)
+    trainee.optimisers[0].step()
+    trainee.optimisers[0].zero_grad()
+    rotations = torch.from_numpy(random_rotations(images, seed=0).astype(np.float32))
+    observed, ctf = torch.fft.rfft2(normal(images, BOX, BOX)), torch.ones(images, BOX, BOX // 2 + 1)
+    batch = Batch(torch.arange(images), observed, ctf, rotations, torch.zeros(images, 2))
+
+    def step() -> None:
+        objective, _ = batch_loss(trainee, batch, config, config.stage2, False, images)
+        objective.backward()
+        for optimiser in trainee.optimisers:
+            optimiser.step()
+
+    return step
+
+
+def measure(sizes: tuple[tuple[int, int], ...], threads: int, full: bool) -> dict:
+    """Every size; the line through them over images × Gaussians, up to the full size; and that itself, where it fits."""
+    rows = [_in_process(size, threads) for size in progress(sizes, "memory", unit="size")]
+    pairs = np.array([row["images"] * row["gaussians"] for row in rows])
+    full_pairs = FULL_SIZE[0] * FULL_SIZE[1]
+    slope, start = np.polyfit(pairs, [row["bytes"] for row in rows], 1)
+    predicted = {"bytes": float(start + slope * full_pairs), "s": rows[-1]["s"] * full_pairs / pairs[-1]}
+    fits = predicted["bytes"] < FREE_SHARE * psutil.virtual_memory().available and predicted["s"] < LONGEST_S
+    return {
+        "box": BOX,
+        "sizes": rows,
+        "bytes_per_pair": float(slope),
+        "full_predicted": predicted,
+        "full_measured": _in_process(FULL_SIZE, threads) if full and fits else None,
+    }
+
+
+def _in_process(size: tuple[int, int], threads: int) -> dict:
+    command = [sys.executable, "-m", "benchmarks.memory", *map(str, size), "--threads", str(threads)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def lines(result: dict) -> Iterator[str]:
+    """The result as text: the full size first."""
+    full = f"{FULL_SIZE[0]} × {FULL_SIZE[1]:,}"
+    predicted, measured = result["full_predicted"], result["full_measured"]
+
+    def row(name: str, values: dict) -> tuple[str, ...]:
+        return name, f"{values['bytes'] / TARGET_BYTES:.2f}", f"{values['bytes'] / 1e6:,.0f} MB", f"{values['s']:.1f} s"
+
+    rows = [row(f"{full}, measured", measured)] if measured else []
+    rows.append(row(f"{full}, by the line through those below", predicted))
+    rows += [row(f"{r['images']} × {r['gaussians']:,}, measured", r) for r in result["sizes"]]
+    yield from table(("images × Gaussians", "of 1 GB", "above parameters", "time of the step"), rows)
+    yield ""
+    yield f"{result['bytes_per_pair']:.0f} bytes per (image, Gaussian). One training step of the hierarchy, networks 3 × 128,"
+    yield f"{result['box']} px, in a process of its own: the rise of resident memory at its highest."
+    if not measured:
+        yield f"{full} was not run: by the line it does not fit in this machine's free memory, or takes over {LONGEST_S:.0f} s."
+
+
+if __name__ == "__main__":
+    typer.run(main)
