@@ -3,7 +3,11 @@
     python -m benchmarks.memory IMAGES GAUSSIANS
 
 measures one step of the hierarchy with networks of 3 × 128 at 128 px and prints bytes and seconds as JSON.
-`benchmarks.step` calls it for several sizes, each in a process of its own, and extends the line through them.
+`benchmarks.step` calls it for several sizes, each in a process of its own, and fits
+
+    bytes = start + a · Gaussians + b · images · Gaussians
+
+(features and weights' gradients go with the second term, positions and what is kept for the backward pass with the third).
 """
 
 import json
@@ -30,8 +34,8 @@ from spire_dist.progress import progress
 from spire_dist.training.trainer import Trainee, batch_loss, build_optimisers
 
 BOX, ANCHORS, RADIUS_PX = 128, 5, 40.0
-SIZES = ((8, 8192), (8, 16384), (16, 8192), (16, 16384))
-QUICK_SIZES = ((2, 512), (4, 1024))
+SIZES = ((8, 8192), (8, 32768), (32, 8192), (32, 32768))
+QUICK_SIZES = ((2, 512), (2, 1024), (4, 512), (4, 1024))
 FULL_SIZE = (64, 65536)
 """(images, Gaussians)."""
 TARGET_BYTES = 1e9
@@ -96,20 +100,24 @@ def training_step(images: int, gaussians: int) -> Callable[[], None]:
 
 
 def measure(sizes: tuple[tuple[int, int], ...], threads: int, full: bool) -> dict:
-    """Every size; the line through them over images × Gaussians, up to the full size; and that itself, where it fits."""
+    """Every size; the formula through them and what it says of the full size; and that itself, where it fits."""
     rows = [_in_process(size, threads) for size in progress(sizes, "memory", unit="size")]
-    pairs = np.array([row["images"] * row["gaussians"] for row in rows])
-    full_pairs = FULL_SIZE[0] * FULL_SIZE[1]
-    slope, start = np.polyfit(pairs, [row["bytes"] for row in rows], 1)
-    predicted = {"bytes": float(start + slope * full_pairs), "s": rows[-1]["s"] * full_pairs / pairs[-1]}
+    terms = np.array([_terms(row["images"], row["gaussians"]) for row in rows])
+    formula = np.linalg.lstsq(terms, np.array([row["bytes"] for row in rows]))[0]
+    seconds = rows[-1]["s"] * _terms(*FULL_SIZE)[2] / terms[-1, 2]
+    predicted = {"bytes": float(formula @ _terms(*FULL_SIZE)), "s": float(seconds)}
     fits = predicted["bytes"] < FREE_SHARE * psutil.virtual_memory().available and predicted["s"] < LONGEST_S
     return {
         "box": BOX,
         "sizes": rows,
-        "bytes_per_pair": float(slope),
+        "formula": formula.tolist(),
         "full_predicted": predicted,
         "full_measured": _in_process(FULL_SIZE, threads) if full and fits else None,
     }
+
+
+def _terms(images: int, gaussians: int) -> tuple[float, float, float]:
+    return 1.0, float(gaussians), float(images * gaussians)
 
 
 def _in_process(size: tuple[int, int], threads: int) -> dict:
@@ -127,14 +135,18 @@ def lines(result: dict) -> Iterator[str]:
         return name, f"{values['bytes'] / TARGET_BYTES:.2f}", f"{values['bytes'] / 1e6:,.0f} MB", f"{values['s']:.1f} s"
 
     rows = [row(f"{full}, measured", measured)] if measured else []
-    rows.append(row(f"{full}, by the line through those below", predicted))
+    rows.append(row(f"{full}, by the formula", predicted))
     rows += [row(f"{r['images']} × {r['gaussians']:,}, measured", r) for r in result["sizes"]]
-    yield from table(("images × Gaussians", "of 1 GB", "above parameters", "time of the step"), rows)
+    yield from table(("images × Gaussians", "of 1 GB", "memory", "time of the step"), rows)
     yield ""
-    yield f"{result['bytes_per_pair']:.0f} bytes per (image, Gaussian). One training step of the hierarchy, networks 3 × 128,"
-    yield f"{result['box']} px, in a process of its own: the rise of resident memory at its highest."
+    start, per_gaussian, per_pair = result["formula"]
+    yield (
+        f"Formula: {start / 1e6:.0f} MB + {per_gaussian:,.0f} bytes per Gaussian + {per_pair:,.0f} per (image, Gaussian). "
+        f"One training step of the hierarchy, networks 3 × 128, {result['box']} px, each size in a process of its own: the "
+        "rise of resident memory at its highest above parameters, optimiser state and batch."
+    )
     if not measured:
-        yield f"{full} was not run: by the line it does not fit in this machine's free memory, or takes over {LONGEST_S:.0f} s."
+        yield f"{full} was not run: by the formula it needs more than the free memory, or over {LONGEST_S:.0f} s."
 
 
 if __name__ == "__main__":

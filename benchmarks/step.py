@@ -175,21 +175,21 @@ def plot(result: dict, path: Path) -> None:
     left.bar_label(bars, labels, padding=3)
     left.set_yticks(range(len(rates)), [name.replace(", ", "\n", 1).replace(" (", "\n(") for name in rates])
     left.invert_yaxis()
-    left.set(xlabel="images/s of training", xlim=(0, 1.35 * max(heights)))
+    left.set(xlabel="images/s of training", xlim=(0, 1.45 * max(heights)))
 
     rows, full = result["memory"]["sizes"], memory.FULL_SIZE[0] * memory.FULL_SIZE[1]
     middle.loglog([r["images"] * r["gaussians"] for r in rows], [r["bytes"] for r in rows], "o", label="measured")
-    middle.loglog(full, result["memory"]["full_predicted"]["bytes"], "x", color="C0", label="by the line")
+    middle.loglog(full, result["memory"]["full_predicted"]["bytes"], "x", color="C0", label="by the formula")
     if result["memory"]["full_measured"]:
         middle.loglog(full, result["memory"]["full_measured"]["bytes"], "o", color="C0")
     middle.axhline(memory.TARGET_BYTES, color="C7", linestyle="--", label="1 GB")
     middle.set(xlabel="images × Gaussians of a step, 3 × 128", ylabel="bytes above parameters")
     middle.legend(frameon=False)
 
-    for varied in ("images", "Gaussians"):
+    for varied, style in (("images", "o-"), ("Gaussians", "s--")):
         series = result["growth"][varied.lower()]
         pairs = [size * series["fixed"] for size in series["sizes"]]
-        right.loglog(pairs, series["ms"], "o-", label=f"{varied} vary: exponent {series['exponent']:.2f}")
+        right.loglog(pairs, series["ms"], style, label=f"{varied} vary: exponent {series['exponent']:.2f}")
     right.set(xlabel="images × Gaussians", ylabel="ms of the projector, forward + backward")
     right.legend(frameon=False)
     threads = result["machine"]["threads"]
