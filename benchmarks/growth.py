@@ -61,8 +61,10 @@ def lines(result: dict) -> Iterator[str]:
             for size, ms, ns in zip(series["sizes"], series["ms"], series["ns_per_pair"], strict=True)
         ]
     by_images, by_gaussians = result["images"]["exponent"], result["gaussians"]["exponent"]
+    yield "## Growth of the projector's time"
+    yield ""
     yield (
-        f"Time grows as images^{by_images:.2f} and as Gaussians^{by_gaussians:.2f} (1 is linear; the fixed cost of a call makes "
+        f"Time grows as images^{by_images:.2f} and as Gaussians^{by_gaussians:.2f} (1 is linear; a call's fixed cost makes "
         f"it less); {result['box']} px, forward + backward at 4σ, medians of {result['rounds']} rounds."
     )
     yield ""

@@ -137,16 +137,18 @@ def lines(result: dict) -> Iterator[str]:
     rows = [row(f"{full}, measured", measured)] if measured else []
     rows.append(row(f"{full}, by the formula", predicted))
     rows += [row(f"{r['images']} × {r['gaussians']:,}, measured", r) for r in result["sizes"]]
+    yield "## Memory of a training step"
+    yield ""
     yield from table(("images × Gaussians", "of 1 GB", "memory", "time of the step"), rows)
     yield ""
     start, per_gaussian, per_pair = result["formula"]
     yield (
-        f"Formula: {start / 1e6:.0f} MB + {per_gaussian:,.0f} bytes per Gaussian + {per_pair:,.0f} per (image, Gaussian). "
+        f"Formula: {round(start / 1e6)} MB + {per_gaussian:,.0f} bytes per Gaussian + {per_pair:,.0f} per (image, Gaussian). "
         f"One training step of the hierarchy, networks 3 × 128, {result['box']} px, each size in a process of its own: the "
         "rise of resident memory at its highest above parameters, optimiser state and batch."
     )
     if not measured:
-        yield f"{full} was not run: by the formula it needs more than the free memory, or over {LONGEST_S:.0f} s."
+        yield f"{full} was not measured: left out by --quick, or above the free memory or {LONGEST_S:.0f} s by the formula."
 
 
 if __name__ == "__main__":

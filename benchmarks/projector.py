@@ -182,6 +182,8 @@ def summarise(times: dict[str, np.ndarray], pairs: int) -> dict[str, dict[str, f
 
 def lines(result: dict) -> Iterator[str]:
     """The result as Markdown that also reads well in a terminal, ratios first."""
+    yield "## The projector"
+    yield ""
     yield machine_line(result["machine"])
     for case in result["cases"]:
         yield ""

@@ -140,6 +140,8 @@ def times(rates: dict[str, list[float]], peer_name: str) -> dict[str, float]:
 def lines(result: dict) -> Iterator[str]:
     """The result as Markdown that also reads well in a terminal, ratios first."""
     rates, ratios = result["images_per_s"], result["times_peer"]
+    yield "## A whole training step"
+    yield ""
     yield machine_line(result["machine"])
     yield ""
     rows = [
