@@ -160,6 +160,8 @@ class RunConfig(Section):
     parts: PartsConfig = PartsConfig()
     stage2: HierarchyConfig = HierarchyConfig()
     output: OutputConfig = OutputConfig()
+    projector: Literal["auto", "torch", "numba", "triton", "triton-dense"] = "auto"
+    """How Gaussians become images; `auto` takes the local splat of the device: numba on a CPU, Triton on a GPU."""
     features: int = Field(default=24, ge=1)
     """Numbers in a Gaussian's feature vector."""
 

@@ -2,13 +2,23 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spire_dist.model import pair_kernels
+
+KERNEL_FROM = 64
+"""Gaussians from which the CPU kernel pays; it works on blocks of 128."""
+CHUNK_BYTES = 2**28
+"""Of one hidden layer's values that exist at a time where there is no kernel."""
 
 
 class PairNetwork(nn.Module):
     """A network of (latent, feature) pairs whose first layer is split, so that no tensor of their joint width exists.
 
-    `W [z; f] = W_z z + W_f f`: the two products are small and only their sum has a row per pair. The last layer starts
-    at zero, hence the output at `bias` for every pair.
+    `W [z; f] = W_z z + W_f f`: the two products are small and only their sum has a row per pair. Of the hidden layers'
+    values nothing is kept for the backward pass, which computes them again: in the cache of a CPU (`pair_kernels`, float32),
+    elsewhere a chunk of Gaussians at a time, in bfloat16 on a GPU. The last layer starts at zero, hence the output at
+    `bias` for every pair.
     """
 
     def __init__(self, latent: int, feature: int, hidden: int, layers: int, outputs: int, bias: float = 0.0) -> None:
@@ -22,10 +32,45 @@ class PairNetwork(nn.Module):
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         """[B, latent], [N, feature] -> [B, N, outputs]."""
-        hidden = torch.relu_(self.from_latent(latents)[:, None, :] + self.from_feature(features)[None, :, :])
-        for layer in self.middle:
-            hidden = torch.relu_(layer(hidden))
-        return self.last(hidden)
+        own, shared = self.from_latent(latents), self.from_feature(features)
+        if own.device.type == "cpu" and own.dtype == torch.float32 and len(shared) >= KERNEL_FROM:
+            weights = [self._stack([layer.weight for layer in self.middle], own.shape[1])]
+            weights += [self._stack([layer.bias for layer in self.middle])]
+            return _Pairs.apply(own, shared, *weights, self.last.weight, self.last.bias)  # type: ignore[return-value]
+        chunk = max(1, CHUNK_BYTES // max(1, own.numel() * own.element_size()))
+        if len(shared) <= chunk:
+            return self._layers(own, shared)
+        pieces = [
+            checkpoint(self._layers, own, piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in shared.split(chunk)
+        ]
+        return torch.cat(pieces, dim=1)  # type: ignore[arg-type]
+
+    def _layers(self, own: Tensor, shared: Tensor) -> Tensor:
+        """What follows the first layer's halves, [B, hidden] and [N, hidden]."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=own.device.type == "cuda"):
+            hidden = torch.relu_(own[:, None, :] + shared[None, :, :])
+            for layer in self.middle:
+                hidden = torch.relu_(layer(hidden))
+            return self.last(hidden).to(own.dtype)
+
+    def _stack(self, tensors: list[Tensor], *width: int) -> Tensor:
+        return torch.stack(tensors) if tensors else self.last.weight.new_zeros(0, self.last.in_features, *width)
+
+
+class _Pairs(torch.autograd.Function):
+    """`pair_kernels` seen by autograd."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.save_for_backward(*inputs)
+        return torch.from_numpy(pair_kernels.pair_forward(*(t.detach().numpy() for t in inputs)))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        inputs = [t.detach().numpy() for t in ctx.saved_tensors[:-1]]
+        found = pair_kernels.pair_backward(*inputs, gradients[0].numpy())
+        return tuple(torch.from_numpy(array) for array in found)
 
 
 def rotations_from_6d(numbers: Tensor) -> Tensor:

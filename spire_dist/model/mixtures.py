@@ -89,8 +89,10 @@ class HierarchicalMixture(nn.Module):
     def rigid_centres(self, latents: Tensor) -> Tensor:
         """Latents [B, L] -> centres [B, N, 3] px of Gaussians held rigidly to their anchors: R_a dc_i + ca_a + t_a."""
         rotations, anchors = self.anchor_motion(latents)
-        slices = enumerate(self.gaussians.offsets.split(self.sizes))
-        return torch.cat([own @ rotations[:, a].transpose(1, 2) + anchors[:, a, None] for a, own in slices], dim=1)
+        motions = torch.cat([rotations.transpose(2, 3), anchors[:, :, None]], dim=2).flatten(1, 2)  # [B, 4 A, 3]
+        arms = torch.cat([self.gaussians.offsets, self.gaussians.offsets.new_ones(len(self.anchor_of), 1)], dim=1)
+        # One product of a matrix [N, 4 A], zero but for each Gaussian's own anchor, instead of one per anchor.
+        return torch.block_diag(*arms.split(self.sizes)) @ motions
 
     def deform(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, L] -> centres [B, N, 3] px from the centre of the box, peak densities [B, N]."""

@@ -13,26 +13,52 @@ One signature, four backends, chosen by the tensors' device and type unless told
 """
 
 import math
+import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from spire_dist.errors import ConfigError
 from spire_dist.physics import kernels_cpu
 
-Backend = Literal["torch", "numba", "triton", "triton-dense"]
+# The five input arrays travel as one list, whose length the type checker does not know.
+# pyright: reportCallIssue=false
+
+Backend = Literal["auto", "torch", "numba", "triton", "triton-dense"]
 DEFAULT_CUT = 4.0
 """Standard deviations at which the local splat ends: relative error 2e-5 in the image, 2e-4 in the centres' gradient."""
 
 
-def choose_backend(tensor: Tensor) -> Backend:
-    """The local splat where there is one for the tensor's device and type, else the reference."""
-    if tensor.dtype == torch.float32 and tensor.device.type == "cpu":
-        return "numba"
-    if tensor.dtype == torch.float32 and tensor.device.type == "cuda" and find_spec("triton"):
-        return "triton"
-    return "torch"
+def choose_backend(device: torch.device, dtype: torch.dtype = torch.float32, wanted: Backend = "auto") -> Backend:
+    """The backend for tensors of this device and type: the one wanted, else a local splat, else the reference.
+
+    Raises ConfigError for one that cannot take them.
+    """
+    single = dtype == torch.float32
+    able = {
+        "numba": single and device.type == "cpu",
+        "triton": single and _triton_runs(device.type),
+        "triton-dense": single and _triton_runs(device.type),
+        "torch": True,
+    }
+    if wanted == "auto":
+        return next(name for name in ("numba", "triton", "torch") if able[name])
+    if not able[wanted]:
+        names = ", ".join(name for name, runs in able.items() if runs)
+        raise ConfigError(
+            f"projector = {wanted}: cannot take {dtype} on {device.type} here; choose auto or one of {names}"
+        )
+    return wanted
+
+
+@cache
+def _triton_runs(device: str) -> bool:
+    """On a GPU, or on the CPU through Triton's interpreter, where Triton is installed."""
+    there = device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return there and find_spec("triton") is not None
 
 
 def project(
@@ -44,7 +70,7 @@ def project(
     box: int,
     pixel_size: float,
     cut: float = DEFAULT_CUT,
-    backend: Backend | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Images [B, box, box] (density × Å) of Gaussians seen in the poses of B particles; differentiable in the first three.
 
@@ -53,11 +79,11 @@ def project(
     widths      [N], Å, standard deviation, positive
     rotations   [B, 3, 3], r_image = R @ r_volume; shifts [B, 2], Å, (x, y)
     cut         standard deviations at which a Gaussian ends, at least (dense backends sum to the edge of the box)
-    backend     one of `Backend`; by default `choose_backend(centres)`
+    backend     one of `Backend`; resolved by `choose_backend`
 
-    Where poses ask for a gradient the backend must be `torch`; the others raise ValueError.
+    Raises ConfigError for a backend that cannot take these tensors, ValueError where poses ask a kernel for a gradient.
     """
-    backend = backend or choose_backend(centres)
+    backend = choose_backend(centres.device, centres.dtype, backend)
     if backend == "torch":
         planar = centres @ rotations[:, :2].transpose(1, 2) + shifts[:, None, :]  # [B, N, 2]
         weights = (amplitudes * (math.sqrt(2 * math.pi) * widths)).expand(planar.shape[:2])

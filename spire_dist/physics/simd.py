@@ -16,18 +16,22 @@ Nothing checks bounds. `cache=True` of a kernel does not see a change of this fi
 """
 
 import operator
+from collections.abc import Callable
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import models, register_model
 from numba.np import arrayobj
 
-# Numba reads an intrinsic's first argument as its typing context and compiles its body: annotations would say nothing.
-# ruff: noqa: ANN001, ANN202
-# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# Numba reads an intrinsic's first argument as its typing context and compiles the function it returns: a kernel's call has
+# one argument less, and annotations inside would say nothing.
+# pyright: reportCallIssue=false, reportOptionalCall=false
+intrinsic: Callable[[Callable], Any] = numba_intrinsic
 
 LANES = 16
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
@@ -102,16 +106,16 @@ def ramp(typing):
 
 @intrinsic
 def fma(typing, x, y, z):
-    """x y + z, rounded once."""
+    """Rounded once: x y + z."""
     return _vector(x, y, z), lambda context, builder, sig, args: _call(builder, f"llvm.fma.v{LANES}f32", _FLOATS, args)
 
 
 @intrinsic
 def larger(typing, x, y):
-    """The larger number of each pair; `y` where either is not a number."""
+    """The larger number of each pair; `x` where either is not a number."""
 
     def lower(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
+        return builder.select(builder.fcmp_unordered(">", *args), *args)
 
     return _vector(x, y), lower
 
@@ -146,7 +150,7 @@ def _nearest(typing, x):
 
 @intrinsic
 def _scale(typing, x, power):
-    """x 2^power for whole powers: added to the exponent's bits."""
+    """A whole power of two times x: added to the exponent's bits."""
 
     def lower(context, builder, sig, args):
         shifted = builder.shl(builder.fptosi(args[1], _INTS), ir.Constant(_INTS, [23] * LANES))

@@ -9,7 +9,7 @@ from spire_dist.config import HierarchyConfig, RunConfig
 from spire_dist.data.loader import Batch
 from spire_dist.errors import RunError
 from spire_dist.model.gaussians import Gaussians, draw_centres, random_features
-from spire_dist.model.image_model import predict
+from spire_dist.model.image_model import render
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture
 from spire_dist.model.parts import Parts, discover_parts
 
@@ -41,7 +41,8 @@ def fit_scale(mixture: CoarseMixture, config: RunConfig, sample: Batch) -> float
     latents = torch.zeros(len(sample.rows), config.latent.dimension)
     box = sample.images.shape[-2]
     with torch.no_grad():
-        predicted = predict(mixture, latents, sample.rotations, sample.shifts_px, sample.ctf, box, config.stage1.cut)
+        images = render(mixture, latents, sample.rotations, sample.shifts_px, box, config.stage1.cut)
+    predicted = sample.ctf * torch.fft.rfft2(images)
     predicted[:, 0, 0] = 0  # the mean of an image says nothing: the background was subtracted
     scale = ((predicted.conj() * sample.images).real.sum() / predicted.abs().square().sum()).item()
     return max(scale, 1e-6)

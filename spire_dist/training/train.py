@@ -22,6 +22,7 @@ from spire_dist.errors import ConfigError, SourceError, Stopped
 from spire_dist.maps import read_map, write_map
 from spire_dist.model.latents import Latents, LatentTable, build_latents
 from spire_dist.model.mixtures import Mixture
+from spire_dist.physics.projector import choose_backend
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
 from spire_dist.training.run import mixture_from_state, open_run, sole_trainer, write_status
@@ -53,6 +54,7 @@ def train(config: RunConfig, run: Path) -> None:
     """
     store = ParticleStore.open(config.data.store)
     device = _choose_device(config)
+    choose_backend(device, wanted=config.projector)
     _use_threads(config.threads)
     if not store.has_poses:
         raise ConfigError(
@@ -72,9 +74,9 @@ def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: 
         write_status(run, "complete", *where)
         return
     write_status(run, "training", *where)
-    say(
-        f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, {torch.get_num_threads()} threads"
-    )
+    projector = choose_backend(device, wanted=config.projector)
+    say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, "
+        f"{torch.get_num_threads()} threads, projector {projector}")  # fmt: skip
     try:
         with StopFlag() as stop:
             source = BatchSource(store, config.data.resident_gib)

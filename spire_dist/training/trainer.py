@@ -13,7 +13,7 @@ from spire_dist.data.loader import Batch, BatchSource, Prefetcher
 from spire_dist.data.order import steps_per_epoch
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.errors import RunError, Stopped
-from spire_dist.model.image_model import predict, squared_residuals
+from spire_dist.model.image_model import render, squared_residuals
 from spire_dist.model.latents import Latents, LatentTable
 from spire_dist.model.mixtures import Mixture
 from spire_dist.training.metrics import RunLog
@@ -90,8 +90,8 @@ def batch_loss(
     box = batch.images.shape[-2]
     z = trainee.latents(batch.rows, batch.images, batch.ctf, batch.rotations, batch.shifts_px)
     seen = torch.zeros_like(z) if warm else z
-    predicted = predict(trainee.mixture, seen, batch.rotations, batch.shifts_px, batch.ctf, box, stage.cut)
-    squared = squared_residuals(predicted, batch.images)
+    projections = render(trainee.mixture, seen, batch.rotations, batch.shifts_px, box, stage.cut, config.projector)
+    squared = squared_residuals(projections, batch.ctf, batch.images)
     prior = config.latent.weight * z.square().sum(1)
     objective = (0.5 * squared + prior).mean() + trainee.mixture.regulariser() / count
     return objective, squared.detach().mean() / box**2

@@ -1,10 +1,12 @@
 """The split network against the plain one; rotations from six numbers."""
 
+import numba
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from torch import nn
 
+from spire_dist.model import deformation
 from spire_dist.model.deformation import PairNetwork, rotations_from_6d
 
 
@@ -31,6 +33,69 @@ def test_the_split_network_is_the_plain_network_of_joined_pairs(layers):
 def test_the_output_starts_at_its_bias_for_every_pair():
     network = PairNetwork(2, 3, 8, 2, 4, bias=2.0)
     assert torch.equal(network(torch.randn(5, 2), torch.randn(6, 3)), torch.full((5, 6, 4), 2.0))
+
+
+def outputs_and_gradients(network: PairNetwork, latents, features, upstream):
+    """The outputs, then the gradients of both inputs and of every parameter."""
+    leaves = [latents.clone().requires_grad_(), features.clone().requires_grad_()]
+    outputs = network(*leaves)
+    return [outputs.detach(), *torch.autograd.grad(outputs, [*leaves, *network.parameters()], upstream)]
+
+
+def pairs(batch: int, count: int, hidden: int, layers: int, outputs: int):
+    network = filled(PairNetwork(3, 5, hidden, layers, outputs))
+    generator = torch.Generator().manual_seed(1)
+    sizes = (batch, 3), (count, 5), (batch, count, outputs)
+    return network, [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+
+
+# Sizes that fill whole tiles, blocks and vectors, and sizes that do not.
+@pytest.mark.parametrize(
+    "sizes", [(4, 256, 32, 1, 3), (3, 130, 30, 2, 1), (2, 300, 9, 3, 9), (70, 64, 8, 2, 4), (1, 900, 5, 1, 1)]
+)
+def test_the_kernel_is_the_network_in_double_precision(sizes):
+    network, inputs = pairs(*sizes)
+    expected = outputs_and_gradients(network, *inputs)
+    found = outputs_and_gradients(network.float(), *(t.float() for t in inputs))
+    for mine, reference in zip(found, expected, strict=True):
+        assert (mine - reference).norm() < 3e-6 * reference.norm()
+
+
+def test_the_kernel_gives_the_same_bits_on_one_and_two_threads():
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("numba was started with one thread")
+    network, inputs = pairs(5, 700, 24, 2, 3)
+    before, results = numba.get_num_threads(), []
+    for threads in (1, 2):
+        numba.set_num_threads(threads)
+        results.append(outputs_and_gradients(network.float(), *(t.float() for t in inputs)))
+    numba.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_chunks_of_gaussians_change_nothing(layers, monkeypatch):
+    network, inputs = pairs(4, 50, 8, layers, 3)
+    whole = outputs_and_gradients(network, *inputs)
+    monkeypatch.setattr(deformation, "CHUNK_BYTES", 7 * 4 * 8 * 8)  # seven Gaussians
+    for mine, reference in zip(outputs_and_gradients(network, *inputs), whole, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_as_large_as_the_hidden_layers_is_kept_for_the_backward_pass(dtype, monkeypatch):
+    monkeypatch.setattr(deformation, "CHUNK_BYTES", 2**12)
+    network, inputs = pairs(4, 256, 64, 2, 3)
+    kept: list[int] = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network.to(dtype)(*(t.to(dtype) for t in inputs[:2]))
+    assert kept
+    assert max(kept) <= 256 * 64  # the Gaussians' half of the first layer; hidden layers would hold 4 times that
 
 
 def test_zeros_are_the_identity():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spire_dist.errors import ConfigError
 from spire_dist.physics.poses import random_rotations
 from spire_dist.physics.projector import choose_backend, project, render_volume
 
@@ -174,8 +175,56 @@ def test_result_has_the_same_bits_on_one_and_two_threads():
 
 
 def test_float32_on_the_cpu_takes_the_fast_path_and_float64_the_reference():
-    assert choose_backend(torch.zeros(1)) == "numba"
-    assert choose_backend(torch.zeros(1, dtype=torch.float64)) == "torch"
+    cpu = torch.device("cpu")
+    assert choose_backend(cpu) == "numba"
+    assert choose_backend(cpu, torch.float64) == "torch"
+    assert choose_backend(cpu, wanted="torch") == "torch"
+
+
+def test_a_backend_that_cannot_take_the_tensors_is_refused_by_name():
+    with pytest.raises(
+        ConfigError, match=r"projector = numba: cannot take torch.float64 on cpu .* choose auto or .*torch"
+    ):
+        choose_backend(torch.device("cpu"), torch.float64, "numba")
+
+
+@pytest.mark.parametrize("argument", [3, 4])
+def test_a_kernel_refuses_to_give_poses_a_gradient(argument):
+    arrays = scene(count=5, dtype=torch.float32)
+    arrays[argument].requires_grad_()
+    with pytest.raises(ValueError, match="backend='torch'"):
+        project(*arrays, box=16, pixel_size=PIXEL)
+    assert project(*arrays, box=16, pixel_size=PIXEL, backend="torch").requires_grad
+
+
+@pytest.mark.parametrize("box", [30, 31])
+@pytest.mark.parametrize(("width_px", "image_budget"), [(0.3, 5e-6), (0.7, 1e-6), (3.0, 1e-6), (8.0, 1e-6)])
+def test_narrow_and_wide_gaussians_are_the_reference(width_px, image_budget, box):
+    """At 8 px a window of 5 σ is wider than the box and spans several vectors. At 0.3 px a centre's rounding to float32
+    alone is 1.5e-6 of the image."""
+    centres, amplitudes, _, *pose = scene(count=40, box=box)
+    arrays = [centres, amplitudes, torch.full((40,), width_px * PIXEL, dtype=torch.float64), *pose]
+    upstream = torch.randn(3, box, box, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected = image_and_gradients(arrays, upstream, backend="torch")
+    found = image_and_gradients([a.float() for a in arrays], upstream, cut=5.0)
+    errors = [relative(f, e) for f, e in zip(found, expected, strict=True)]
+    assert all(error < budget for error, budget in zip(errors, (image_budget, 1e-5, 1e-5, 1e-5), strict=True)), errors
+
+
+def test_many_gaussians_of_few_images_are_divided_without_loss():
+    """One image of 5,000 Gaussians is worked on in several parts."""
+    arrays = scene(count=5000, batch=1)
+    upstream = torch.randn(1, 40, 40, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    expected = image_and_gradients(arrays, upstream, backend="torch")
+    found = image_and_gradients([a.float() for a in arrays], upstream, cut=5.0)
+    errors = [relative(f, e) for f, e in zip(found, expected, strict=True)]
+    assert all(error < budget for error, budget in zip(errors, (1e-6, 1e-5, 1e-5, 1e-5), strict=True)), errors
+
+
+def test_a_centre_that_is_no_number_does_not_pass_unseen():
+    centres, amplitudes, widths, *pose = scene(count=5, per_image=False, dtype=torch.float32)
+    centres[2, 1] = float("nan")
+    assert not torch.isfinite(project(centres, amplitudes, widths, *pose, box=16, pixel_size=PIXEL)).all()
 
 
 @pytest.mark.parametrize("box", [32, 33])
