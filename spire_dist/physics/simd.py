@@ -17,7 +17,7 @@ Nothing checks bounds. `cache=True` of a kernel does not see a change of this fi
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from llvmlite import ir
 from numba import njit, types
@@ -30,8 +30,8 @@ from numba.np import arrayobj
 
 # Numba reads an intrinsic's first argument as its typing context and compiles the function it returns: a kernel's call has
 # one argument less, and annotations inside would say nothing.
-# pyright: reportCallIssue=false, reportOptionalCall=false
-intrinsic: Callable[[Callable], Any] = numba_intrinsic
+# pyright: reportOptionalCall=false
+intrinsic = cast(Callable[[Callable], Any], numba_intrinsic)
 
 LANES = 16
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
