@@ -12,6 +12,7 @@ import typer
 from benchmarks import peer
 from benchmarks.growth import exponent
 from benchmarks.memory import peak_rise
+from benchmarks.step import times
 from benchmarks.tables import table
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +104,11 @@ def test_epoch_seconds_are_read_from_the_log_of_the_peer():
 
 def test_exponent_of_a_power_law_is_found():
     assert exponent((1, 2, 4), np.array([3.0, 3 * 2**1.5, 3 * 4**1.5])) == pytest.approx(1.5)
+
+
+def test_ratio_is_the_median_over_rounds_and_not_the_ratio_of_medians():
+    rates = {"peer": [10.0, 20.0, 40.0], "ours": [100.0, 600.0, 400.0]}
+    assert times(rates, "peer") == {"peer": 1.0, "ours": 10.0}
 
 
 def test_table_is_aligned_markdown():
