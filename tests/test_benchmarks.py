@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 
 from benchmarks import peer
@@ -79,6 +80,14 @@ def test_step_without_its_peer_times_every_case_and_says_so(tmp_path: Path, shar
 def test_python_without_cryodrgn_is_told_how_to_get_it():
     with pytest.raises(typer.BadParameter, match=r"pip install cryodrgn==4\.3\.1"):
         peer.versions(Path(sys.executable))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_benchmark_says_that_there_is_no_gpu_and_writes_nothing(tmp_path: Path):
+    command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (2, "no CUDA device: nothing measured\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_peak_rise_is_the_memory_held_at_once():
