@@ -15,7 +15,7 @@ Gradients of centres, amplitudes and widths are per image, [B, N, ...]: the call
 Local splat: a program is one warp. It takes 16 Gaussians of one image at a time and walks over their windows, each 8 columns
 side by side; rows, and blocks of columns, are loops that end with the largest window of the 16. No width is compiled in, a
 Gaussian of any width is two loops, and what is lost is the difference between the largest window and the others:
-Gaussians stored in the order of their widths lose nothing. Eight pixels are the 32-byte sector that memory moves and adds
+Gaussians stored in the order of their widths lose little. Eight pixels are the 32-byte sector that memory moves and adds
 to, so windows are widened to whole sectors where the box allows it. Then a lane owns four neighbours: the backward loads
 them at once and, from sm_90 on, the forward adds them in one 16-byte reduction. Compiled for sm_90, an inner step of a
 warp is 20 instructions forward and 27 backward for 128 pixels (18 for 32 with one pixel per lane); setting up 16
