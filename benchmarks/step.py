@@ -24,7 +24,7 @@ import typer
 
 from benchmarks import growth, memory, peer
 from benchmarks.igg import CTF_TABLE, MODEL, make_set
-from benchmarks.machine import describe_machine, machine_line, use_threads
+from benchmarks.machine import describe_machine, machine_line
 from benchmarks.tables import table, write
 from spire_dist.config import HierarchyConfig, PartsConfig, RunConfig, StageConfig
 from spire_dist.data.loader import BatchSource
@@ -35,7 +35,7 @@ from spire_dist.model.latents import LatentTable, build_latents
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
 from spire_dist.training.stages import find_parts, seed_coarse, seed_hierarchy
-from spire_dist.training.train import SAMPLE_IMAGES, all_latents
+from spire_dist.training.train import SAMPLE_IMAGES, all_latents, use_threads
 from spire_dist.training.trainer import Trainee, build_optimisers, train_stage
 
 PAPER = RunConfig(stage1=StageConfig(gaussians=2048, layers=1, hidden=32))
@@ -60,7 +60,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads of every process; 0 takes all cores.")] = 0,
 ) -> None:
     """Time, weigh, print tables; write JSON, Markdown and a plot."""
-    threads = use_threads(threads)
+    threads = use_threads(SMALL.model_copy(update={"threads": threads}), box=64)
     machine = describe_machine(threads)
     peer_name = peer.versions(peer_python) if peer_python else None
     data, store = make_set(out, model, ctf_table, *((2, 128) if quick else (20, 5000)))

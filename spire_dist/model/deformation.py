@@ -8,7 +8,7 @@ from spire_dist.model import pair_kernels
 
 KERNEL_FROM = 64
 """Gaussians from which the CPU kernel pays; it works on blocks of 128."""
-CHUNK_BYTES = 2**28
+CHUNK_BYTES = 2**26
 """Of one hidden layer's values that exist at a time where there is no kernel."""
 
 
@@ -18,11 +18,14 @@ class PairNetwork(nn.Module):
     `W [z; f] = W_z z + W_f f`: the two products are small and only their sum has a row per pair. Of the hidden layers'
     values nothing is kept for the backward pass, which computes them again: in the cache of a CPU (`pair_kernels`, float32),
     elsewhere a chunk of Gaussians at a time, in bfloat16 on a GPU. The last layer starts at zero, hence the output at
-    `bias` for every pair.
+    `gain · bias` for every pair.
     """
 
-    def __init__(self, latent: int, feature: int, hidden: int, layers: int, outputs: int, bias: float = 0.0) -> None:
+    def __init__(
+        self, latent: int, feature: int, hidden: int, layers: int, outputs: int, bias: float = 0.0, gain: float = 1.0
+    ) -> None:
         super().__init__()
+        self.gain = gain
         self.from_latent = nn.Linear(latent, hidden)
         self.from_feature = nn.Linear(feature, hidden, bias=False)
         self.middle = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
@@ -33,29 +36,34 @@ class PairNetwork(nn.Module):
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         """[B, latent], [N, feature] -> [B, N, outputs]."""
         own, shared = self.from_latent(latents), self.from_feature(features)
+        last, bias = self.gain * self.last.weight, self.gain * self.last.bias  # cheaper than to scale every pair
         if own.device.type == "cpu" and own.dtype == torch.float32 and len(shared) >= KERNEL_FROM:
-            weights = [self._stack([layer.weight for layer in self.middle], own.shape[1])]
-            weights += [self._stack([layer.bias for layer in self.middle])]
-            return _Pairs.apply(own, shared, *weights, self.last.weight, self.last.bias)  # type: ignore[return-value]
+            middle, biases = self._stacked("weight", own.shape[1]), self._stacked("bias")
+            return _Pairs.apply(own, shared, middle, biases, last, bias)  # type: ignore[return-value]
         chunk = max(1, CHUNK_BYTES // max(1, own.numel() * own.element_size()))
         if len(shared) <= chunk:
-            return self._layers(own, shared)
+            return self._layers(own, shared, last, bias)
         pieces = [
-            checkpoint(self._layers, own, piece, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(self._layers, own, piece, last, bias, use_reentrant=False, preserve_rng_state=False)
             for piece in shared.split(chunk)
         ]
         return torch.cat(pieces, dim=1)  # type: ignore[arg-type]
 
-    def _layers(self, own: Tensor, shared: Tensor) -> Tensor:
+    def _layers(self, own: Tensor, shared: Tensor, last: Tensor, bias: Tensor) -> Tensor:
         """What follows the first layer's halves, [B, hidden] and [N, hidden]."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=own.device.type == "cuda"):
+        on_gpu = own.device.type == "cuda"
+        if on_gpu:
+            own, shared = own.bfloat16(), shared.bfloat16()
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
             hidden = torch.relu_(own[:, None, :] + shared[None, :, :])
             for layer in self.middle:
                 hidden = torch.relu_(layer(hidden))
-            return self.last(hidden).to(own.dtype)
+            return nn.functional.linear(hidden, last, bias).to(last.dtype)
 
-    def _stack(self, tensors: list[Tensor], *width: int) -> Tensor:
-        return torch.stack(tensors) if tensors else self.last.weight.new_zeros(0, self.last.in_features, *width)
+    def _stacked(self, name: str, *width: int) -> Tensor:
+        """A parameter of all further hidden layers, [layers - 1, hidden, ...]."""
+        found: list[Tensor] = [layer.get_parameter(name) for layer in self.middle]
+        return torch.stack(found) if found else self.last.weight.new_zeros(0, self.last.in_features, *width)
 
 
 class _Pairs(torch.autograd.Function):
@@ -64,12 +72,14 @@ class _Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         ctx.save_for_backward(*inputs)
-        return torch.from_numpy(pair_kernels.pair_forward(*(t.detach().numpy() for t in inputs)))
+        own, shared, middle, biases, last, bias = (t.detach().numpy() for t in inputs)
+        return torch.from_numpy(pair_kernels.pair_forward(own, shared, middle, biases, last, bias))
 
     @staticmethod
     def backward(ctx, *gradients):
-        inputs = [t.detach().numpy() for t in ctx.saved_tensors[:-1]]
-        found = pair_kernels.pair_backward(*inputs, gradients[0].numpy())
+        own, shared, middle, biases, last, _ = (t.detach().numpy() for t in ctx.saved_tensors)
+        gradient = gradients[0].contiguous().numpy()
+        found = pair_kernels.pair_backward(own, shared, middle, biases, last, gradient)
         return tuple(torch.from_numpy(array) for array in found)
 
 

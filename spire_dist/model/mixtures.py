@@ -28,15 +28,14 @@ class CoarseMixture(nn.Module):
         super().__init__()
         features = gaussians.features.shape[1]
         self.gaussians = gaussians
-        self.shift = PairNetwork(latent, features, config.hidden, config.layers, 3)
+        self.shift = PairNetwork(latent, features, config.hidden, config.layers, 3, gain=config.motion_px)
         self.occupancy = PairNetwork(latent, features, config.hidden, config.layers, 1, bias=OPEN_BIAS)
-        self.motion_px = config.motion_px
 
     def deform(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, L] -> centres [B, N, 3] px from the centre of the box, peak densities [B, N]."""
         own = self.gaussians
-        centres = own.offsets + self.motion_px * self.shift(latents, own.features)
-        amplitudes = own.peak_densities() * torch.sigmoid(self.occupancy(latents, own.features)[..., 0])
+        centres = own.offsets + self.shift(latents, own.features)
+        amplitudes = own.peak_densities() * torch.sigmoid(self.occupancy(latents, own.features).squeeze(-1))
         return centres, amplitudes
 
     def regulariser(self) -> Tensor:
@@ -71,9 +70,8 @@ class HierarchicalMixture(nn.Module):
         self.anchor_centres = nn.Parameter(anchor_centres_px.clone())
         self.anchor_features = nn.Parameter(anchor_features.clone())
         self.motion = PairNetwork(latent, features, config.anchor_hidden, config.anchor_layers, 9)
-        self.shift = PairNetwork(latent, features, config.hidden, config.layers, 3)
+        self.shift = PairNetwork(latent, features, config.hidden, config.layers, 3, gain=config.motion_px)
         self.occupancy = PairNetwork(latent, features, config.hidden, config.layers, 1, bias=OPEN_BIAS)
-        self.motion_px = config.motion_px
         self.feature_weight = config.feature_weight
 
     def anchor_motion(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +95,8 @@ class HierarchicalMixture(nn.Module):
     def deform(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [B, L] -> centres [B, N, 3] px from the centre of the box, peak densities [B, N]."""
         own, features = self.gaussians, self.features()
-        centres = self.rigid_centres(latents) + self.motion_px * self.shift(latents, features)
-        amplitudes = own.peak_densities() * torch.sigmoid(self.occupancy(latents, features)[..., 0])
+        centres = self.rigid_centres(latents) + self.shift(latents, features)
+        amplitudes = own.peak_densities() * torch.sigmoid(self.occupancy(latents, features).squeeze(-1))
         return centres, amplitudes
 
     def regulariser(self) -> Tensor:

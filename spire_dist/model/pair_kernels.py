@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from spire_dist.physics.simd import LANES, fma, larger, load, spread, store, total, where_positive
+from spire_dist.physics.simd import LANES, add_totals, fma, larger, load, spread, store, where_positive
 
 Floats = NDArray[np.float32]
 BLOCK = 128
@@ -20,6 +20,7 @@ BLOCK = 128
 TILE = 4
 """Rows of a product held in registers; sizes are padded to it."""
 TASKS = 64
+ZERO, LOWEST = np.float32(0), np.finfo(np.float32).min
 
 
 def pair_forward(
@@ -76,48 +77,75 @@ def _ranges(batch: int, count: int) -> tuple[int, int]:
 
 
 def _pad(array: Floats, *axes: int) -> Floats:
-    """Zeros behind the end of `axes`, up to a whole number of tiles."""
-    widths = [(0, -size % TILE if axis in axes else 0) for axis, size in enumerate(array.shape)]
-    return np.ascontiguousarray(np.pad(array, widths))
+    """Zeros behind the end of `axes`, up to a whole number of tiles. (`np.pad` takes longer than a small network.)"""
+    shape = tuple(size + -size % TILE if axis in axes else size for axis, size in enumerate(array.shape))
+    if shape == array.shape:
+        return np.ascontiguousarray(array)
+    padded = np.zeros(shape, dtype=np.float32)
+    padded[tuple(map(slice, array.shape))] = array
+    return padded
 
 
 def _blocked(features: Floats) -> Floats:
     """[N, H] -> [blocks, H padded, BLOCK]: a unit's values of a block's Gaussians lie side by side."""
-    padded = np.pad(features, ((0, -len(features) % BLOCK), (0, -features.shape[1] % TILE)))
+    count, hidden = features.shape
+    padded = np.zeros((-(-count // BLOCK) * BLOCK, hidden + -hidden % TILE), dtype=np.float32)
+    padded[:count, :hidden] = features
     return np.ascontiguousarray(padded.reshape(-1, BLOCK, padded.shape[1]).transpose(0, 2, 1))
 
 
 @njit(error_model="numpy")
-def _product(weights, bias, x, out):  # pragma: no cover - compiled
-    """out[r] = bias[r] + Σ_c weights[c, r] x[c]: x and out flat [units × BLOCK], weights [columns, rows]."""
+def _product(weights, bias, x, least, mask, out):  # pragma: no cover - compiled
+    """out[r] = bias[r] + Σ_c weights[c, r] x[c]: x and out flat [units × BLOCK], weights [columns, rows].
+
+    At least `least` (0 is a ReLU); zero where `mask`, of out's shape, is not positive (None: nowhere).
+    """
     columns, rows = weights.shape
-    for v in range(0, BLOCK, 2 * LANES):
+    for v in range(0, BLOCK, TILE * LANES):
         for r in range(0, rows, TILE):
-            a0, a1, a2, a3 = spread(bias[r]), spread(bias[r + 1]), spread(bias[r + 2]), spread(bias[r + 3])
-            b0, b1, b2, b3 = a0, a1, a2, a3
+            a00, a10, a20, a30 = spread(bias[r]), spread(bias[r + 1]), spread(bias[r + 2]), spread(bias[r + 3])
+            a01 = a02 = a03 = a00
+            a11 = a12 = a13 = a10
+            a21 = a22 = a23 = a20
+            a31 = a32 = a33 = a30
             for c in range(columns):
-                left, right = load(x, c * BLOCK + v), load(x, c * BLOCK + v + LANES)
-                w0, w1 = spread(weights[c, r]), spread(weights[c, r + 1])
-                w2, w3 = spread(weights[c, r + 2]), spread(weights[c, r + 3])
-                a0, b0 = fma(w0, left, a0), fma(w0, right, b0)
-                a1, b1 = fma(w1, left, a1), fma(w1, right, b1)
-                a2, b2 = fma(w2, left, a2), fma(w2, right, b2)
-                a3, b3 = fma(w3, left, a3), fma(w3, right, b3)
-            at = r * BLOCK + v
-            store(out, at, a0)
-            store(out, at + LANES, b0)
-            store(out, at + BLOCK, a1)
-            store(out, at + BLOCK + LANES, b1)
-            store(out, at + 2 * BLOCK, a2)
-            store(out, at + 2 * BLOCK + LANES, b2)
-            store(out, at + 3 * BLOCK, a3)
-            store(out, at + 3 * BLOCK + LANES, b3)
+                at = c * BLOCK + v
+                x0, x1, x2, x3 = load(x, at), load(x, at + LANES), load(x, at + 2 * LANES), load(x, at + 3 * LANES)
+                w = spread(weights[c, r])
+                a00, a01, a02, a03 = fma(w, x0, a00), fma(w, x1, a01), fma(w, x2, a02), fma(w, x3, a03)
+                w = spread(weights[c, r + 1])
+                a10, a11, a12, a13 = fma(w, x0, a10), fma(w, x1, a11), fma(w, x2, a12), fma(w, x3, a13)
+                w = spread(weights[c, r + 2])
+                a20, a21, a22, a23 = fma(w, x0, a20), fma(w, x1, a21), fma(w, x2, a22), fma(w, x3, a23)
+                w = spread(weights[c, r + 3])
+                a30, a31, a32, a33 = fma(w, x0, a30), fma(w, x1, a31), fma(w, x2, a32), fma(w, x3, a33)
+            _store_row(out, r * BLOCK + v, least, mask, a00, a01, a02, a03)
+            _store_row(out, (r + 1) * BLOCK + v, least, mask, a10, a11, a12, a13)
+            _store_row(out, (r + 2) * BLOCK + v, least, mask, a20, a21, a22, a23)
+            _store_row(out, (r + 3) * BLOCK + v, least, mask, a30, a31, a32, a33)
+
+
+@njit(inline="always")
+def _store_row(out, at, least, mask, a, b, c, d):  # pragma: no cover - compiled
+    _store_bounded(out, at, least, mask, a)
+    _store_bounded(out, at + LANES, least, mask, b)
+    _store_bounded(out, at + 2 * LANES, least, mask, c)
+    _store_bounded(out, at + 3 * LANES, least, mask, d)
+
+
+@njit(inline="always")
+def _store_bounded(out, at, least, mask, value):  # pragma: no cover - compiled
+    value = larger(value, spread(least))
+    if mask is not None:  # decided when compiled
+        value = where_positive(load(mask, at), value)
+    store(out, at, value)
 
 
 @njit(error_model="numpy")
 def _add_outer(x, y, result):  # pragma: no cover - compiled
     """result[r, c] += Σ x[r] y[c] over the block's Gaussians: x and y flat [units × BLOCK]."""
     rows, columns = result.shape
+    flat = result.reshape(-1)
     for r in range(0, rows, TILE):
         for c in range(0, columns, TILE):
             a00 = spread(0)
@@ -134,18 +162,10 @@ def _add_outer(x, y, result):  # pragma: no cover - compiled
                 a20, a21, a22, a23 = fma(x2, y0, a20), fma(x2, y1, a21), fma(x2, y2, a22), fma(x2, y3, a23)
                 x3 = load(x, i + 3 * BLOCK)
                 a30, a31, a32, a33 = fma(x3, y0, a30), fma(x3, y1, a31), fma(x3, y2, a32), fma(x3, y3, a33)
-            _add_row(result, r, c, a00, a01, a02, a03)
-            _add_row(result, r + 1, c, a10, a11, a12, a13)
-            _add_row(result, r + 2, c, a20, a21, a22, a23)
-            _add_row(result, r + 3, c, a30, a31, a32, a33)
-
-
-@njit(inline="always")
-def _add_row(result, r, c, a, b, d, e):  # pragma: no cover - compiled
-    result[r, c] += total(a)
-    result[r, c + 1] += total(b)
-    result[r, c + 2] += total(d)
-    result[r, c + 3] += total(e)
+            add_totals(flat, r * columns + c, a00, a01, a02, a03)
+            add_totals(flat, (r + 1) * columns + c, a10, a11, a12, a13)
+            add_totals(flat, (r + 2) * columns + c, a20, a21, a22, a23)
+            add_totals(flat, (r + 3) * columns + c, a30, a31, a32, a33)
 
 
 @njit(error_model="numpy")
@@ -159,19 +179,20 @@ def _first(latent, feature, out):  # pragma: no cover - compiled
 
 
 @njit(error_model="numpy")
-def _relu(x):  # pragma: no cover - compiled
-    for at in range(0, len(x), LANES):
-        store(x, at, larger(load(x, at), spread(0)))
+def _sums(x, out):  # pragma: no cover - compiled
+    """out[r] += Σ x[r] over the block's Gaussians."""
+    for r in range(0, len(out), TILE):
+        a = b = c = d = spread(0)
+        for at in range(r * BLOCK, (r + 1) * BLOCK, LANES):
+            a, b = a + load(x, at), b + load(x, at + BLOCK)
+            c, d = c + load(x, at + 2 * BLOCK), d + load(x, at + 3 * BLOCK)
+        add_totals(out, r, a, b, c, d)
 
 
 @njit(error_model="numpy")
-def _sums(x, out):  # pragma: no cover - compiled
-    """out[r] += Σ x[r] over the block's Gaussians."""
-    for r in range(len(out)):
-        result = spread(0)
-        for at in range(r * BLOCK, (r + 1) * BLOCK, LANES):
-            result = result + load(x, at)
-        out[r] += total(result)
+def _add(x, result):  # pragma: no cover - compiled
+    for at in range(0, len(x), LANES):
+        store(result, at, load(result, at) + load(x, at))
 
 
 @njit(error_model="numpy")
@@ -179,15 +200,14 @@ def _forward_block(latent, feature, middle, biases, last, bias, layers, result, 
     """All layers for one image and one block; layers [L, H × BLOCK] keep the hidden values; out [up to BLOCK, O]."""
     _first(latent, feature, layers[0])
     for level in range(len(middle)):
-        _product(middle[level], biases[level], layers[level], layers[level + 1])
-        _relu(layers[level + 1])
-    _product(last, bias, layers[len(middle)], result)
+        _product(middle[level], biases[level], layers[level], ZERO, None, layers[level + 1])
+    _product(last, bias, layers[len(middle)], LOWEST, None, result)
     for o in range(out.shape[1]):
         for n in range(out.shape[0]):
             out[n, o] = result[o * BLOCK + n]
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _forward(latents, features, middle, biases, last, bias, parts, groups, out):  # pragma: no cover - compiled
     """`middle` [L - 1, in, out] and `last` [in, out], as `_product` reads them."""
     batch, hidden = latents.shape
@@ -211,34 +231,25 @@ def _backward_block(
     """Add one image's and one block's share to the gradients; `upper` and `lower` hold what arrives at a layer."""
     _first(latent, feature, layers[0])
     for level in range(len(middle)):
-        _product(middle[level], biases[level], layers[level], layers[level + 1])
-        _relu(layers[level + 1])
-    size, rows = len(feature), len(last)
-    arriving = lower[: rows * BLOCK]
+        _product(middle[level], biases[level], layers[level], ZERO, None, layers[level + 1])
+    arriving = lower[: len(last) * BLOCK]
     arriving[:] = np.float32(0)
     for o in range(gradient.shape[1]):
         for n in range(gradient.shape[0]):
             arriving[o * BLOCK + n] = gradient[n, o]
     _add_outer(arriving, layers[len(middle)], d_last)
     _sums(arriving, d_bias)
-    _product(last, zeros, arriving, upper)
+    _product(last, zeros, arriving, LOWEST, layers[len(middle)], upper)
     for level in range(len(middle) - 1, -1, -1):
-        for at in range(0, size, LANES):
-            store(upper, at, where_positive(load(layers[level + 1], at), load(upper, at)))
         _add_outer(upper, layers[level], d_middle[level])
         _sums(upper, d_biases[level])
-        _product(back[level], zeros, upper, lower)
+        _product(back[level], zeros, upper, LOWEST, layers[level], lower)
         upper, lower = lower, upper
-    for h in range(len(latent)):
-        result = spread(0)
-        for at in range(h * BLOCK, (h + 1) * BLOCK, LANES):
-            value = where_positive(load(layers[0], at), load(upper, at))
-            store(d_feature, at, load(d_feature, at) + value)
-            result = result + value
-        d_latent[h] += total(result)
+    _add(upper, d_feature)
+    _sums(upper, d_latent)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _backward(
     latents, features, middle, back, biases, last, gradient, count, parts, groups,
     d_latents, d_features, d_middle, d_biases, d_last, d_bias,

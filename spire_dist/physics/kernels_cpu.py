@@ -125,7 +125,7 @@ def _splat(canvas, stride, x, y, weight, width, reach, box, profile):  # pragma:
         distance = distance + spread(LANES)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _forward(centres, amplitudes, widths, rotations, shifts, pixel, cut, images):  # pragma: no cover - compiled
     batch, parts, box = images.shape[0], images.shape[1], images.shape[2]
     count, stride = len(widths), box + LANES
@@ -151,7 +151,7 @@ def _forward_part(centres, amplitudes, widths, rotation, shift, pixel, cut, box,
         _splat(canvas, box + LANES, x, y, weight, width, cut * width, box, profile)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _backward(
     centres, amplitudes, widths, rotations, shifts, pixel, cut, gradient, parts, d_centres, d_amplitudes, d_widths
 ):  # pragma: no cover - compiled
@@ -233,7 +233,7 @@ def _backward_part(
         d_widths[n] = (scale / width * total(sum_2)) / pixel + SQRT_2PI * amplitudes[n] * moment_0
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
+@njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def rasterise(centres, amplitudes, widths, cut, volume):  # pragma: no cover - compiled
     """Write 3-D Gaussians, all in pixels: centres [N, 3] (x, y, z), amplitudes [N], widths [N], into [box, box, box] (z, y, x).
 
@@ -253,7 +253,7 @@ def rasterise(centres, amplitudes, widths, cut, volume):  # pragma: no cover - c
         volume[z] = canvas.reshape(box, stride)[:, :box]
 
 
-@njit(cache=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
+@njit(nogil=True, cache=True, fastmath={"contract", "nsz", "arcp"}, error_model="numpy")
 def insert_sections(transforms, weights, rotations, padding, numerator, weight):  # pragma: no cover - compiled
     """Spread central sections [B, D, D // 2 + 1] (real-to-complex layout) and their weights over a padded Fourier grid.
 

@@ -10,6 +10,7 @@ multiplies and stores whole vectors; LLVM maps them to one AVX-512 register, two
     larger(x, y)                the larger of each pair
     where_positive(x, y)        y where x > 0, else 0
     total(x)                    the sum of the sixteen
+    add_totals(array, i, w, x, y, z)    add the four sums to array[i], ... array[i + 3]
     exp2(x)                     2^x to float32's precision; 0 below 2^-126
 
 Nothing checks bounds. `cache=True` of a kernel does not see a change of this file: after one, remove `__pycache__`.
@@ -141,6 +142,36 @@ def total(typing, x):
         return _call(builder, name, ir.FloatType(), [zero, args[0]], fastmath=("reassoc",))
 
     return types.float32(x), lower
+
+
+@intrinsic
+def add_totals(typing, array, index, w, x, y, z):
+    """Add the sums of four vectors to four neighbours in `array`; half the work of four `total`."""
+
+    def lower(context, builder, sig, args):
+        def interleave(a, b, width):
+            """From pairs of vectors of numbers (or of groups of numbers) to one of sums, a's and b's in turn."""
+            groups = [range(i, i + width) for i in range(0, LANES, 2 * width)]
+            low = [i + k for g in groups for k in (0, LANES) for i in g]
+            halves = [
+                builder.shuffle_vector(a, b, ir.Constant(_INTS, [i + shift for i in low])) for shift in (0, width)
+            ]
+            return builder.fadd(*halves)
+
+        sums = interleave(interleave(args[2], args[3], 1), interleave(args[4], args[5], 1), 2)
+        for width in (8, 4):  # w, x, y, z stand in every four lanes: add the fours
+            kind = ir.VectorType(ir.IntType(32), width)
+            halves = [
+                builder.shuffle_vector(sums, sums, ir.Constant(kind, list(range(start, start + width))))
+                for start in (0, width)
+            ]
+            sums = builder.fadd(*halves)
+        place = _place(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+        place = builder.bitcast(place, sums.type.as_pointer())
+        builder.store(builder.fadd(sums, builder.load(place, align=4)), place, align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, index, w, x, y, z), lower
 
 
 @intrinsic

@@ -31,6 +31,7 @@ from spire_dist.training.trainer import Trainee, build_optimisers, train_stage
 
 SAMPLE_IMAGES = 512
 """Images the seed's amplitude is fitted to."""
+PIXELS_PER_THREAD = 2**20
 STEPS_PER_STAGE = 10**8
 """Checkpoints are numbered by stage and step in it, in one number that sorts."""
 
@@ -55,17 +56,17 @@ def train(config: RunConfig, run: Path) -> None:
     store = ParticleStore.open(config.data.store)
     device = _choose_device(config)
     choose_backend(device, wanted=config.projector)
-    _use_threads(config.threads)
+    threads = use_threads(config, store.box)
     if not store.has_poses:
         raise ConfigError(
             f"data.store = {store.path}: prepared without poses; prepare it from a file with poses (or --poses)"
         )
     open_run(run, config, store)
     with sole_trainer(run):
-        _begin_or_go_on(config, run, store, device)
+        _begin_or_go_on(config, run, store, device, threads)
 
 
-def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: torch.device) -> None:
+def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: torch.device, threads: int) -> None:
     """The whole run from wherever its checkpoint stands; STATUS.json follows."""
     state = load_checkpoint(run)
     where = (state["stage"], state["step"]) if state else (1, 0)
@@ -76,7 +77,7 @@ def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: 
     write_status(run, "training", *where)
     projector = choose_backend(device, wanted=config.projector)
     say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, "
-        f"{torch.get_num_threads()} threads, projector {projector}")  # fmt: skip
+        f"{threads} threads, projector {projector}")  # fmt: skip
     try:
         with StopFlag() as stop:
             source = BatchSource(store, config.data.resident_gib)
@@ -231,8 +232,14 @@ def _choose_device(config: RunConfig) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _use_threads(threads: int) -> None:
-    """The same number for torch and the CPU projector; 0 takes the cores this process may use."""
-    count = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(count)
+def use_threads(config: RunConfig, box: int) -> int:
+    """Set the threads of the kernels and of torch for images of `box` pixels; returns their number.
+
+    Torch gets a thread per `PIXELS_PER_THREAD` of a batch: what is left to it are transforms and sums, and below that size
+    waking a thread takes longer than its share of the work.
+    """
+    count = config.threads or len(os.sched_getaffinity(0))
+    pixels = max(config.stage1.batch, config.stage2.batch) * box**2
+    torch.set_num_threads(max(1, min(count, pixels // PIXELS_PER_THREAD)))
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    return count

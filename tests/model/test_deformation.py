@@ -31,8 +31,8 @@ def test_the_split_network_is_the_plain_network_of_joined_pairs(layers):
 
 
 def test_the_output_starts_at_its_bias_for_every_pair():
-    network = PairNetwork(2, 3, 8, 2, 4, bias=2.0)
-    assert torch.equal(network(torch.randn(5, 2), torch.randn(6, 3)), torch.full((5, 6, 4), 2.0))
+    network = PairNetwork(2, 3, 8, 2, 4, bias=2.0, gain=1.5)
+    assert torch.equal(network(torch.randn(5, 2), torch.randn(6, 3)), torch.full((5, 6, 4), 3.0))
 
 
 def outputs_and_gradients(network: PairNetwork, latents, features, upstream):
