@@ -28,12 +28,12 @@ from spire_dist.config import HierarchyConfig, RunConfig
 from spire_dist.data.loader import Batch
 from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.latents import LatentTable
-from spire_dist.model.mixtures import HierarchicalMixture
+from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
 from spire_dist.physics.poses import random_rotations
 from spire_dist.progress import progress
 from spire_dist.training.trainer import Trainee, batch_loss, build_optimisers
 
-BOX, ANCHORS, RADIUS_PX = 128, 5, 40.0
+BOX, RADIUS_PX = 128, 40.0
 SIZES = ((8, 8192), (8, 32768), (32, 8192), (32, 32768))
 QUICK_SIZES = ((2, 512), (2, 1024), (4, 512), (4, 1024))
 FULL_SIZE = (64, 65536)
@@ -66,28 +66,41 @@ def _memory_status(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
 
 
-def training_step(images: int, gaussians: int) -> Callable[[], None]:
-    """Loss, gradients and optimisers on synthetic particles; all that it needs is allocated before it is called."""
-    config = RunConfig(stage2=HierarchyConfig(gaussians=gaussians, layers=3, hidden=128))
+def make_trainee(
+    config: RunConfig, stage: int, particles: int, device: torch.device | str = "cpu", width_px: float = 1.5
+) -> Trainee:
+    """The model, latents and optimisers of a stage, its Gaussians made up: a cloud that fits into `BOX`, all of one width."""
+    settings = config.stage1 if stage == 1 else config.stage2
+    count, dimension = settings.gaussians, config.latent.dimension
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    own = Gaussians(
-        RADIUS_PX / 4 * normal(gaussians, 3), torch.full((gaussians,), 1.5), normal(gaussians, config.features)
-    )
-    anchor_of = torch.arange(gaussians) * ANCHORS // gaussians
-    centres, features = RADIUS_PX / 2 * normal(ANCHORS, 3), normal(ANCHORS, config.features)
-    mixture = HierarchicalMixture(own, anchor_of, centres, features, config.latent.dimension, config.stage2)
-    latents = LatentTable(normal(images, config.latent.dimension))
-    trainee = Trainee(2, mixture, latents, build_optimisers(mixture, latents, config.stage2.rates))
-    for parameter in mixture.parameters():  # one step along zero makes the optimiser's state
+    spread = RADIUS_PX / (2 if stage == 1 else 4)  # about the centre of the box, or about an anchor
+    own = Gaussians(spread * normal(count, 3), torch.full((count,), width_px), normal(count, config.features))
+    if stage == 1:
+        mixture: Mixture = CoarseMixture(own, dimension, config.stage1)
+    else:
+        anchors = config.parts.anchors
+        centres, features = RADIUS_PX / 2 * normal(anchors, 3), normal(anchors, config.features)
+        anchor_of = torch.arange(count) * anchors // count
+        mixture = HierarchicalMixture(own, anchor_of, centres, features, dimension, config.stage2)
+    latents = LatentTable(normal(particles, dimension)).to(device)
+    mixture = mixture.to(device)
+    return Trainee(stage, mixture, latents, build_optimisers(mixture, latents, settings.rates))
+
+
+def training_step(images: int, gaussians: int) -> Callable[[], None]:
+    """Loss, gradients and optimisers on synthetic particles; all that it needs is allocated before it is called."""
+    config = RunConfig(stage2=HierarchyConfig(gaussians=gaussians, layers=3, hidden=128))
+    trainee = make_trainee(config, 2, images)
+    for parameter in trainee.mixture.parameters():  # one step along zero makes the optimiser's state
         parameter.grad = torch.zeros_like(parameter)
     trainee.optimisers[0].step()
     trainee.optimisers[0].zero_grad()
     rotations = torch.from_numpy(random_rotations(images, seed=0).astype(np.float32))
-    observed, ctf = torch.fft.rfft2(normal(images, BOX, BOX)), torch.ones(images, BOX, BOX // 2 + 1)
+    observed, ctf = torch.fft.rfft2(torch.randn(images, BOX, BOX)), torch.ones(images, BOX, BOX // 2 + 1)
     batch = Batch(torch.arange(images), observed, ctf, rotations, torch.zeros(images, 2))
 
     def step() -> None:

@@ -1,6 +1,7 @@
 """The benchmarks run from one command and measure what they say."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,11 +84,28 @@ def test_python_without_cryodrgn_is_told_how_to_get_it():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_gpu_benchmark_says_that_there_is_no_gpu_and_writes_nothing(tmp_path: Path):
-    command = [sys.executable, "-m", "benchmarks.gpu", str(tmp_path / "out")]
+@pytest.mark.parametrize("name", ["gpu", "gpu_steps"])
+def test_gpu_benchmark_says_that_there_is_no_gpu_and_writes_nothing(tmp_path: Path, name: str):
+    command = [sys.executable, "-m", f"benchmarks.{name}", str(tmp_path / "out")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, result.stdout) == (2, "no CUDA device: nothing measured\n")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_gpu_steps_try_on_a_cpu_times_every_way_and_profiles_the_first(tmp_path: Path):
+    printed = run_benchmark("gpu_steps", tmp_path, "--device", "cpu", "--quick")
+    assert (tmp_path / "gpu_steps.md").read_text() in printed
+    result = json.loads((tmp_path / "gpu_steps.json").read_text())
+    ways = ["4 images, numba", "4 images, torch", "4 images, numba, fed by the data thread", "8 images, numba"]
+    for stage, target in zip(result["stages"], (20_000, 8_000), strict=True):
+        assert [case["name"] for case in stage["cases"]] == ways
+        speed = stage["cases"][0]["images_per_s"][0]
+        assert re.search(rf"\| 4 images, numba +\| +{speed / target:.2f} \|", printed)
+        calls = {row["name"]: row["calls"] for row in stage["kernels"]}
+        assert calls["_Splat"] == calls["_SplatBackward"] == calls["_Residuals"] == 1  # of each step
+        assert calls["_Pairs"] == 2  # shift and occupancy
+        assert sum(row["share"] for row in stage["kernels"]) == pytest.approx(1)
 
 
 def test_peak_rise_is_the_memory_held_at_once():
