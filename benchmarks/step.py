@@ -60,7 +60,7 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads of every process; 0 takes all cores.")] = 0,
 ) -> None:
     """Time, weigh, print tables; write JSON, Markdown and a plot."""
-    threads = use_threads(SMALL.model_copy(update={"threads": threads}), box=64)
+    threads = use_threads(SMALL.model_copy(update={"threads": threads}), 64, torch.device("cpu"))
     machine = describe_machine(threads)
     peer_name = peer.versions(peer_python) if peer_python else None
     data, store = make_set(out, model, ctf_table, *((2, 128) if quick else (20, 5000)))

@@ -17,8 +17,8 @@ class PairNetwork(nn.Module):
 
     `W [z; f] = W_z z + W_f f`: the two products are small and only their sum has a row per pair. Of the hidden layers'
     values nothing is kept for the backward pass, which computes them again: in the cache of a CPU (`pair_kernels`, float32),
-    elsewhere a chunk of Gaussians at a time, in bfloat16 on a GPU. The last layer starts at zero, hence the output at
-    `gain · bias` for every pair.
+    elsewhere, where a layer is larger than `CHUNK_BYTES`, a chunk of Gaussians at a time. On a GPU in bfloat16. The last
+    layer starts at zero, hence the output at `gain · bias` for every pair.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class PairNetwork(nn.Module):
 
     def _layers(self, own: Tensor, shared: Tensor, last: Tensor, bias: Tensor) -> Tensor:
         """What follows the first layer's halves, [B, hidden] and [N, hidden]."""
-        on_gpu = own.device.type == "cuda"
-        if on_gpu:
+        low = own.device.type == "cuda" and len(shared) >= KERNEL_FROM  # a few anchors gain nothing by it
+        if low:
             own, shared = own.bfloat16(), shared.bfloat16()
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
             hidden = torch.relu_(own[:, None, :] + shared[None, :, :])
             for layer in self.middle:
                 hidden = torch.relu_(layer(hidden))
@@ -89,8 +89,9 @@ def rotations_from_6d(numbers: Tensor) -> Tensor:
     The representation of Zhou et al. (CVPR 2019) is continuous over all of SO(3), so a part may turn full circle, which
     a rotation vector cannot follow without a jump.
     """
-    first = numbers[..., :3] + numbers.new_tensor([1.0, 0.0, 0.0])
-    second = numbers[..., 3:] + numbers.new_tensor([0.0, 1.0, 0.0])
+    start = numbers.new_zeros(6)  # made where the numbers are: a tensor of a list would stop a GPU to be copied there
+    start[0] = start[4] = 1.0
+    first, second = (numbers + start).split(3, dim=-1)
     x = nn.functional.normalize(first, dim=-1)
     y = nn.functional.normalize(second - (x * second).sum(-1, keepdim=True) * x, dim=-1)
     return torch.stack([x, y, torch.linalg.cross(x, y, dim=-1)], dim=-1)

@@ -20,7 +20,9 @@ BLOCK = 128
 TILE = 4
 """Rows of a product held in registers; sizes are padded to it."""
 TASKS = 64
-ZERO, LOWEST = np.float32(0), np.finfo(np.float32).min
+WEIGHTS_IN_FLIGHT = 2**24
+"""Gradients of weights that all tasks hold together before they are summed."""
+ZERO = np.float32(0)
 
 
 def pair_forward(
@@ -33,7 +35,7 @@ def pair_forward(
     """
     outputs = len(last)
     out = np.empty((len(latents), len(features), outputs), dtype=np.float32)
-    sizes = _ranges(len(latents), len(features))
+    sizes = _ranges(len(latents), len(features), middle.size)
     forward = np.ascontiguousarray(_pad(middle, 1, 2).transpose(0, 2, 1))
     _forward(
         _pad(latents, 1), _blocked(features), forward, _pad(biases, 1), _pad(last, 0, 1).T.copy(), _pad(bias, 0), *sizes, out
@@ -46,7 +48,7 @@ def pair_backward(
 ) -> tuple[Floats, Floats, Floats, Floats, Floats, Floats]:
     """Gradients of the six arguments of `pair_forward`, in its order, from that of the outputs [B, N, O]."""
     (batch, hidden), count, outputs = latents.shape, len(features), len(last)
-    parts, groups = _ranges(batch, count)
+    parts, groups = _ranges(batch, count, middle.size)
     latents, blocked, padded, last = _pad(latents, 1), _blocked(features), _pad(middle, 1, 2), _pad(last, 0, 1)
     size, rows, tasks = latents.shape[1], len(last), parts * groups
     d_latents = np.zeros((parts, batch, size), dtype=np.float32)
@@ -70,10 +72,11 @@ def pair_backward(
     )
 
 
-def _ranges(batch: int, count: int) -> tuple[int, int]:
-    """(ranges of Gaussians, ranges of images): together enough tasks for many cores."""
-    parts = max(1, min(TASKS, -(-count // BLOCK)))
-    return parts, max(1, min(batch, -(-TASKS // parts)))
+def _ranges(batch: int, count: int, weights: int) -> tuple[int, int]:
+    """(ranges of Gaussians, ranges of images): tasks for many cores, but no more than may hold `weights` gradients each."""
+    tasks = max(1, min(TASKS, WEIGHTS_IN_FLIGHT // max(1, weights)))
+    parts = max(1, min(tasks, -(-count // BLOCK)))
+    return parts, max(1, min(batch, -(-tasks // parts)))
 
 
 def _pad(array: Floats, *axes: int) -> Floats:
@@ -98,7 +101,7 @@ def _blocked(features: Floats) -> Floats:
 def _product(weights, bias, x, least, mask, out):  # pragma: no cover - compiled
     """out[r] = bias[r] + Σ_c weights[c, r] x[c]: x and out flat [units × BLOCK], weights [columns, rows].
 
-    At least `least` (0 is a ReLU); zero where `mask`, of out's shape, is not positive (None: nowhere).
+    At least `least` (0 is a ReLU; None: any); zero where `mask`, of out's shape, is not positive (None: nowhere).
     """
     columns, rows = weights.shape
     for v in range(0, BLOCK, TILE * LANES):
@@ -135,8 +138,9 @@ def _store_row(out, at, least, mask, a, b, c, d):  # pragma: no cover - compiled
 
 @njit(inline="always")
 def _store_bounded(out, at, least, mask, value):  # pragma: no cover - compiled
-    value = larger(value, spread(least))
-    if mask is not None:  # decided when compiled
+    if least is not None:  # both decided when compiled
+        value = larger(value, spread(least))
+    if mask is not None:
         value = where_positive(load(mask, at), value)
     store(out, at, value)
 
@@ -201,7 +205,7 @@ def _forward_block(latent, feature, middle, biases, last, bias, layers, result, 
     _first(latent, feature, layers[0])
     for level in range(len(middle)):
         _product(middle[level], biases[level], layers[level], ZERO, None, layers[level + 1])
-    _product(last, bias, layers[len(middle)], LOWEST, None, result)
+    _product(last, bias, layers[len(middle)], None, None, result)
     for o in range(out.shape[1]):
         for n in range(out.shape[0]):
             out[n, o] = result[o * BLOCK + n]
@@ -225,25 +229,24 @@ def _forward(latents, features, middle, biases, last, bias, parts, groups, out):
 
 @njit(error_model="numpy")
 def _backward_block(
-    latent, feature, middle, back, biases, last, gradient, layers, upper, lower, zeros,
+    latent, feature, middle, back, biases, last, gradient, layers, arriving, upper, lower, zeros,
     d_latent, d_feature, d_middle, d_biases, d_last, d_bias,
 ):  # fmt: skip # pragma: no cover - compiled
     """Add one image's and one block's share to the gradients; `upper` and `lower` hold what arrives at a layer."""
     _first(latent, feature, layers[0])
     for level in range(len(middle)):
         _product(middle[level], biases[level], layers[level], ZERO, None, layers[level + 1])
-    arriving = lower[: len(last) * BLOCK]
-    arriving[:] = np.float32(0)
     for o in range(gradient.shape[1]):
         for n in range(gradient.shape[0]):
             arriving[o * BLOCK + n] = gradient[n, o]
+        arriving[o * BLOCK + gradient.shape[0] : (o + 1) * BLOCK] = np.float32(0)  # an earlier, fuller block's
     _add_outer(arriving, layers[len(middle)], d_last)
     _sums(arriving, d_bias)
-    _product(last, zeros, arriving, LOWEST, layers[len(middle)], upper)
+    _product(last, zeros, arriving, None, layers[len(middle)], upper)
     for level in range(len(middle) - 1, -1, -1):
         _add_outer(upper, layers[level], d_middle[level])
         _sums(upper, d_biases[level])
-        _product(back[level], zeros, upper, LOWEST, layers[level], lower)
+        _product(back[level], zeros, upper, None, layers[level], lower)
         upper, lower = lower, upper
     _add(upper, d_feature)
     _sums(upper, d_latent)
@@ -260,13 +263,15 @@ def _backward(
     for task in prange(parts * groups):
         part, group = task // groups, task % groups
         layers = np.empty((len(middle) + 1, hidden * BLOCK), dtype=np.float32)
-        upper, lower = np.empty(hidden * BLOCK, np.float32), np.empty(max(hidden, rows) * BLOCK, np.float32)
+        buffers = np.empty((2, hidden * BLOCK), dtype=np.float32)
+        arriving = np.zeros(rows * BLOCK, dtype=np.float32)
         zeros = np.zeros(hidden, dtype=np.float32)
         for block in range(blocks * part // parts, blocks * (part + 1) // parts):
             feature, d_feature = features[block].reshape(-1), d_features[group, block].reshape(-1)
             start, end = block * BLOCK, min(count, (block + 1) * BLOCK)
             for b in range(batch * group // groups, batch * (group + 1) // groups):
                 _backward_block(
-                    latents[b], feature, middle, back, biases, last, gradient[b, start:end], layers, upper, lower, zeros,
+                    latents[b], feature, middle, back, biases, last, gradient[b, start:end],
+                    layers, arriving, buffers[0], buffers[1], zeros,
                     d_latents[part, b], d_feature, d_middle[task], d_biases[task], d_last[task], d_bias[task],
                 )  # fmt: skip

@@ -6,7 +6,8 @@ of vectors sixteen pixels wide (`simd`); what they hold beyond the cut are true 
 wide enough to the right for those beyond the box.
 
 One task owns a canvas: an image or, where images are few, one part of its Gaussians. The division depends on the sizes
-alone and there are no atomics, so the result has the same bits on any number of threads. Called by `projector` only.
+alone and there are no atomics, so the result has the same bits on any number of threads. Called by `projector` only; as all
+parallel numba code, from one Python thread at a time, and in new processes that were spawned, not forked.
 """
 
 import math
@@ -247,7 +248,7 @@ def rasterise(centres, amplitudes, widths, cut, volume):  # pragma: no cover - c
         for n in range(len(widths)):
             reach = cut * widths[n]
             depth = np.float32(z) - centres[n, 2]
-            if abs(depth) <= reach + np.float32(0.5):
+            if not abs(depth) > reach + np.float32(0.5):  # what is no number must be seen
                 weight = amplitudes[n] * math.exp(-depth * depth / (2 * widths[n] * widths[n]))
                 _splat(canvas, stride, centres[n, 0], centres[n, 1], weight, widths[n], reach, box, profile)
         volume[z] = canvas.reshape(box, stride)[:, :box]

@@ -97,10 +97,14 @@ def _store_gradients(
 
 @jit
 def _window(centre, reach, known, box, ALIGN: tl.constexpr):
-    """First pixel of a window, moved to a multiple of ALIGN, and number of pixels: 0 where it misses the box."""
+    """First pixel of a window, moved to a multiple of ALIGN, and number of pixels: 0 where it misses the box.
+
+    A centre that is not a number gets the whole box, so that it is seen; comparisons keep it from becoming an address.
+    """
     edge = box + 0.0
-    first = tl.minimum(tl.maximum(tl.ceil(centre - reach), 0.0), edge).to(tl.int32)
-    last = tl.maximum(tl.minimum(tl.floor(centre + reach), edge - 1.0), -1.0).to(tl.int32)
+    first, last = tl.ceil(centre - reach), tl.floor(centre + reach)
+    first = tl.where(first > 0.0, tl.where(first < edge, first, edge), 0.0).to(tl.int32)
+    last = tl.where(last < edge - 1.0, tl.where(last > -1.0, last, -1.0), edge - 1.0).to(tl.int32)
     start = first // ALIGN * ALIGN
     return start, tl.where(known & (last >= first), last - start + 1, 0)
 

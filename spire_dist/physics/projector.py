@@ -81,20 +81,30 @@ def project(
     cut         standard deviations at which a Gaussian ends, at least (dense backends sum to the edge of the box)
     backend     one of `Backend`; resolved by `choose_backend`
 
-    Raises ConfigError for a backend that cannot take these tensors, ValueError where poses ask a kernel for a gradient.
+    Raises ConfigError for a backend that cannot take these tensors, ValueError for shapes that do not belong together and
+    where poses ask a kernel for a gradient.
     """
+    batch, count = len(rotations), len(widths)
+    given = tuple(tuple(t.shape) for t in (centres, amplitudes, widths, rotations, shifts))
+    if (
+        given[0] not in ((count, 3), (batch, count, 3))
+        or given[1] not in ((count,), (batch, count))
+        or given[2:] != ((count,), (batch, 3, 3), (batch, 2))
+    ):
+        raise ValueError(
+            "centres [N, 3] or [B, N, 3], amplitudes [N] or [B, N], widths [N], rotations [B, 3, 3] and shifts [B, 2] do not "
+            f"belong together: {', '.join(map(str, given))}"
+        )
     backend = choose_backend(centres.device, centres.dtype, backend)
     if backend == "torch":
         planar = centres @ rotations[:, :2].transpose(1, 2) + shifts[:, None, :]  # [B, N, 2]
         weights = (amplitudes * (math.sqrt(2 * math.pi) * widths)).expand(planar.shape[:2])
         return splat_dense(planar / pixel_size + box // 2, weights, widths / pixel_size, box)
-    if rotations.requires_grad or shifts.requires_grad:
+    if torch.is_grad_enabled() and (rotations.requires_grad or shifts.requires_grad):
         raise ValueError(f"backend {backend!r} gives poses no gradient; use backend='torch'")
-    per_image = (
-        centres if centres.ndim == 3 else centres[None],
-        amplitudes if amplitudes.ndim == 2 else amplitudes[None],
-    )
-    return _Splat.apply(*per_image, widths, rotations, shifts, box, pixel_size, cut, backend)  # type: ignore[return-value]
+    # A leading 1 stands for what all images share.
+    own = centres if centres.ndim == 3 else centres[None], amplitudes if amplitudes.ndim == 2 else amplitudes[None]
+    return _Splat.apply(*own, widths, rotations, shifts, box, pixel_size, cut, backend)  # type: ignore[return-value]
 
 
 def splat_dense(centres_px: Tensor, weights: Tensor, widths_px: Tensor, box: int) -> Tensor:

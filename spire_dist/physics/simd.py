@@ -11,13 +11,15 @@ multiplies and stores whole vectors; LLVM maps them to one AVX-512 register, two
     where_positive(x, y)        y where x > 0, else 0
     total(x)                    the sum of the sixteen
     add_totals(array, i, w, x, y, z)    add the four sums to array[i], ... array[i + 3]
-    exp2(x)                     2^x to float32's precision; 0 below 2^-126
+    exp2(x)                     2^x to float32's precision, at least 2^-126
 
-Nothing checks bounds. `cache=True` of a kernel does not see a change of this file: after one, remove `__pycache__`.
+Nothing checks bounds.
 """
 
 import operator
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 from llvmlite import ir
@@ -37,6 +39,17 @@ intrinsic = cast(Callable[[Callable], Any], numba_intrinsic)
 LANES = 16
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
+
+
+def _forget_older_kernels() -> None:
+    """Numba's cache looks at the time of a kernel's own file only: machine code older than this file is made again."""
+    for index in Path(__file__).parents[1].glob("*/__pycache__/*.nbi"):
+        with suppress(OSError):  # gone, or not ours to remove
+            if index.stat().st_mtime < Path(__file__).stat().st_mtime:
+                index.unlink()
+
+
+_forget_older_kernels()
 
 
 class _Vector(types.Type):

@@ -30,7 +30,7 @@ from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
 from spire_dist.physics.projector import render_volume
 
-FREE_TO_CHANGE = ("output", "threads", "device", "data")
+FREE_TO_CHANGE = ("output", "threads", "device", "projector", "data")
 """Settings that may differ when a run is continued; all others decide what is computed. (A store may have moved: its
 fingerprint tells whether it is the same.)"""
 

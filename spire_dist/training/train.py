@@ -32,6 +32,7 @@ from spire_dist.training.trainer import Trainee, build_optimisers, train_stage
 SAMPLE_IMAGES = 512
 """Images the seed's amplitude is fitted to."""
 PIXELS_PER_THREAD = 2**20
+"""Of a batch, for one thread of torch beside the kernels."""
 STEPS_PER_STAGE = 10**8
 """Checkpoints are numbered by stage and step in it, in one number that sorts."""
 
@@ -55,18 +56,18 @@ def train(config: RunConfig, run: Path) -> None:
     """
     store = ParticleStore.open(config.data.store)
     device = _choose_device(config)
-    choose_backend(device, wanted=config.projector)
-    threads = use_threads(config, store.box)
+    projector = choose_backend(device, wanted=config.projector)
+    machine = f"{device}, {use_threads(config, store.box, device)} threads, projector {projector}"
     if not store.has_poses:
         raise ConfigError(
             f"data.store = {store.path}: prepared without poses; prepare it from a file with poses (or --poses)"
         )
     open_run(run, config, store)
     with sole_trainer(run):
-        _begin_or_go_on(config, run, store, device, threads)
+        _begin_or_go_on(config, run, store, device, machine)
 
 
-def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: torch.device, threads: int) -> None:
+def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: torch.device, machine: str) -> None:
     """The whole run from wherever its checkpoint stands; STATUS.json follows."""
     state = load_checkpoint(run)
     where = (state["stage"], state["step"]) if state else (1, 0)
@@ -75,9 +76,7 @@ def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: 
         write_status(run, "complete", *where)
         return
     write_status(run, "training", *where)
-    projector = choose_backend(device, wanted=config.projector)
-    say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, "
-        f"{threads} threads, projector {projector}")  # fmt: skip
+    say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {machine}")
     try:
         with StopFlag() as stop:
             source = BatchSource(store, config.data.resident_gib)
@@ -232,14 +231,15 @@ def _choose_device(config: RunConfig) -> torch.device:
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def use_threads(config: RunConfig, box: int) -> int:
-    """Set the threads of the kernels and of torch for images of `box` pixels; returns their number.
+def use_threads(config: RunConfig, box: int, device: torch.device) -> int:
+    """Set the threads of the kernels and of torch for images of `box` pixels; returns the kernels'.
 
-    Torch gets a thread per `PIXELS_PER_THREAD` of a batch: what is left to it are transforms and sums, and below that size
-    waking a thread takes longer than its share of the work.
+    Beside the kernels of a CPU torch gets a thread per `PIXELS_PER_THREAD` of a batch. What is left to it are transforms,
+    sums and small products: below that size waking a thread takes longer than its share of the work.
     """
-    count = config.threads or len(os.sched_getaffinity(0))
+    wanted = config.threads or len(os.sched_getaffinity(0))
+    count = min(wanted, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     pixels = max(config.stage1.batch, config.stage2.batch) * box**2
-    torch.set_num_threads(max(1, min(count, pixels // PIXELS_PER_THREAD)))
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    torch.set_num_threads(max(1, min(count, pixels // PIXELS_PER_THREAD)) if device.type == "cpu" else wanted)
+    numba.set_num_threads(count)
     return count

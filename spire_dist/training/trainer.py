@@ -1,5 +1,6 @@
 """The training loop, the same for both stages: batch, latents, predicted images, loss, step; log; save."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,8 +120,6 @@ def train_stage(
             batch = data.next().to(device)
             factor = rate_factor(trainee.step, total, stage.final_rate)
             objective, residual = batch_loss(trainee, batch, config, stage, trainee.step < warmup, count)
-            if not torch.isfinite(objective):
-                raise RunError(_not_finite(trainee, batch, source))
             for optimiser in trainee.optimisers:
                 optimiser.zero_grad()
             objective.backward()
@@ -129,7 +128,10 @@ def train_stage(
                     group["lr"] = factor * group["peak"]
                 optimiser.step()
             trainee.step += 1
-            log.count(len(batch.rows), float(residual))
+            value, loss = torch.stack([objective.detach(), residual]).tolist()  # the one wait for a GPU in a step
+            if not math.isfinite(value):
+                raise RunError(_not_finite(trainee, batch, source))
+            log.count(len(batch.rows), loss)
             if log.due() or trainee.step == total:
                 log.write(trainee.stage, trainee.step, total, trainee.step / per_epoch, data.waited_s)
             if stop.requested or time.monotonic() - saved_at > config.output.save_seconds:

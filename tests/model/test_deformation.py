@@ -49,9 +49,19 @@ def pairs(batch: int, count: int, hidden: int, layers: int, outputs: int):
     return network, [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
 
 
-# Sizes that fill whole tiles, blocks and vectors, and sizes that do not.
+# Sizes that fill whole tiles, blocks and vectors, and sizes that do not; fewer hidden units than outputs.
 @pytest.mark.parametrize(
-    "sizes", [(4, 256, 32, 1, 3), (3, 130, 30, 2, 1), (2, 300, 9, 3, 9), (70, 64, 8, 2, 4), (1, 900, 5, 1, 1)]
+    "sizes",
+    [
+        (4, 256, 32, 1, 3),
+        (3, 130, 30, 2, 1),
+        (2, 300, 9, 3, 9),
+        (70, 64, 8, 2, 4),
+        (1, 900, 5, 1, 1),
+        (3, 300, 4, 2, 9),
+        (2, 128, 2, 2, 5),
+        (2, 128, 4, 3, 9),
+    ],
 )
 def test_the_kernel_is_the_network_in_double_precision(sizes):
     network, inputs = pairs(*sizes)

@@ -1,6 +1,7 @@
 """The GPU kernels against a dense float64 sum written here: in Triton's interpreter, and on a GPU where there is one."""
 
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -14,7 +15,7 @@ from torch import Tensor
 from spire_dist.physics.poses import random_rotations
 
 triton = pytest.importorskip("triton", reason="needs Triton, which exists for Linux")
-from spire_dist.physics import kernels_gpu  # noqa: E402
+from spire_dist.physics import kernels_gpu, projector  # noqa: E402
 
 PIXEL = 2.5
 BUDGETS = {4.0: (1e-4, 5e-4, 1e-4, 1e-3), 5.0: (1e-6, 1e-5, 1e-5, 1e-5)}
@@ -65,19 +66,23 @@ def reference(scene: Scene) -> list[Tensor]:
     return [image.detach(), *torch.autograd.grad(image, leaves, scene.upstream)]
 
 
+def image_and_gradients(scene: Scene, cut: float | None) -> list[Tensor]:
+    """What `projector.project` gives in this process, interpreted or on its GPU; summed over what images share."""
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    leaves = [t.to(device, torch.float32).requires_grad_() for t in scene[:3]]
+    *pose, upstream = (t.to(device, torch.float32) for t in scene[3:])
+    # A leading 1 of the scene means shared, which `project` is told by leaving it out.
+    shared = len(scene.centres) != len(scene.rotations)
+    arrays = [leaves[0][0], leaves[1][0], leaves[2]] if shared else leaves
+    backend = "triton-dense" if cut is None else "triton"
+    image = projector.project(*arrays, *pose, upstream.shape[-1], PIXEL, cut or 4.0, backend)
+    found = [image.detach(), *torch.autograd.grad(image, leaves, upstream)]
+    return [f.cpu() for f in found]
+
+
 def project(call: Call, scene: Scene, cut: float | None) -> list[Tensor]:
     """The same by the local splat, or without a cut by the dense sum."""
-    *arrays, upstream = (t.float().contiguous() for t in scene)
-    box = upstream.shape[-1]
-    if cut is None:
-        image = call(kernels_gpu.dense_forward, *arrays, box, PIXEL)
-        gradients = call(kernels_gpu.dense_backward, *arrays, PIXEL, upstream)
-    else:
-        image = call(kernels_gpu.splat_forward, *arrays, box, PIXEL, cut)
-        gradients = call(kernels_gpu.splat_backward, *arrays, PIXEL, cut, upstream)
-    shapes = (*(t.shape for t in scene[:2]), (1, len(scene.widths)))
-    d_centres, d_amplitudes, d_widths = (g.sum_to_size(shape) for g, shape in zip(gradients, shapes, strict=True))
-    return [image, d_centres, d_amplitudes, d_widths[0]]
+    return call(image_and_gradients, scene, cut)
 
 
 def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
@@ -241,6 +246,14 @@ def test_dense_sum_of_zeros_is_zero(call: Call):
     scene = make_scene(16, count=3)
     dark = scene._replace(amplitudes=0 * scene.amplitudes, upstream=0 * scene.upstream)
     assert not any(t.any() for t in project(call, dark, None))
+
+
+@pytest.mark.parametrize("cut", [4.0, None])
+@pytest.mark.parametrize("argument", [0, 1])
+def test_what_is_no_number_shows_in_the_image(call: Call, argument: int, cut: float | None):
+    scene = make_scene(16, count=3)
+    scene[argument].view(2, 3, -1)[1, 2, 0] = float("nan")
+    assert not torch.isfinite(project(call, scene, cut)[0][1]).all()
 
 
 @pytest.mark.gpu

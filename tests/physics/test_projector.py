@@ -77,24 +77,33 @@ def test_one_gaussian_is_the_exact_line_integral():
     assert torch.allclose(image[abs(y[:, 0]) < 12][:, abs(x[0]) < 12], expected[abs(y[:, 0]) < 12][:, abs(x[0]) < 12])
 
 
-@given(quarters=st.integers(0, 3), seed=st.integers(0, 100))
+@given(quarters=st.integers(0, 3), seed=st.integers(0, 100), backend=st.sampled_from(["torch", "numba"]))
 @settings(max_examples=20, deadline=None)
-def test_turning_the_molecule_by_quarters_turns_the_image(quarters, seed):
+def test_turning_the_molecule_by_quarters_turns_the_image(quarters, seed, backend):
     centres, amplitudes, widths, *_ = scene(count=20, seed=seed, box=33, per_image=False, dtype=torch.float32)
     angle = quarters * math.pi / 2
     turn = [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0], [0, 0, 1]]
     rotations = torch.stack([torch.eye(3), torch.tensor(turn).round()])
-    plain, turned = project(centres, amplitudes, widths, rotations, torch.zeros(2, 2), box=33, pixel_size=PIXEL)
+    plain, turned = project(
+        centres, amplitudes, widths, rotations, torch.zeros(2, 2), box=33, pixel_size=PIXEL, backend=backend
+    )
     # In an odd box the centre is the middle; x towards y is [y, x] indices turned from axis 1 to axis 0.
     assert torch.allclose(turned, torch.rot90(plain, -quarters, (0, 1)), atol=1e-4 * float(plain.max()))
 
 
-@given(dx=st.integers(-4, 4), dy=st.integers(-4, 4), box=st.sampled_from([40, 41]))
+@given(
+    dx=st.integers(-4, 4),
+    dy=st.integers(-4, 4),
+    box=st.sampled_from([40, 41]),
+    backend=st.sampled_from(["torch", "numba"]),
+)
 @settings(max_examples=20, deadline=None)
-def test_shift_by_whole_pixels_rolls_the_image(dx, dy, box):
+def test_shift_by_whole_pixels_rolls_the_image(dx, dy, box, backend):
     centres, amplitudes, widths, rotations, _ = scene(count=20, batch=1, box=20, per_image=False, dtype=torch.float32)
     shifts = torch.tensor([[0.0, 0.0], [dx * PIXEL, dy * PIXEL]])
-    plain, moved = project(centres, amplitudes, widths, rotations.expand(2, 3, 3), shifts, box=box, pixel_size=PIXEL)
+    plain, moved = project(
+        centres, amplitudes, widths, rotations.expand(2, 3, 3), shifts, box=box, pixel_size=PIXEL, backend=backend
+    )
     assert torch.allclose(moved, torch.roll(plain, (dy, dx), (0, 1)), atol=1e-4 * float(plain.max()))
 
 
@@ -107,13 +116,13 @@ def test_image_holds_the_mass_of_the_gaussians(seed, box, backend):
     assert torch.allclose(images.sum((1, 2)) * PIXEL**2, mass, rtol=1e-4)
 
 
-@given(seed=st.integers(0, 100), factor=st.floats(-3, 3, width=32))
+@given(seed=st.integers(0, 100), factor=st.floats(-3, 3, width=32), backend=st.sampled_from(["torch", "numba"]))
 @settings(max_examples=20, deadline=None)
-def test_projection_is_linear_in_the_amplitudes(seed, factor):
+def test_projection_is_linear_in_the_amplitudes(seed, factor, backend):
     centres, first, widths, *pose = scene(count=10, seed=seed, box=32, per_image=False, dtype=torch.float32)
     second = torch.flip(first, (0,))
     a, b, mixed = (
-        project(centres, amplitudes, widths, *pose, box=32, pixel_size=PIXEL)
+        project(centres, amplitudes, widths, *pose, box=32, pixel_size=PIXEL, backend=backend)
         for amplitudes in (first, second, first + factor * second)
     )
     assert torch.allclose(mixed, a + factor * b, atol=1e-5 * float((a.abs() + b.abs()).max()) * (1 + abs(factor)))
@@ -159,17 +168,21 @@ def test_gaussian_at_the_edge_is_cut_by_the_box_as_the_reference_cuts_it():
     assert all(relative(f, e) < 1e-5 for f, e in zip(found, expected, strict=True) if e.any())
 
 
-def test_result_has_the_same_bits_on_one_and_two_threads():
+@pytest.mark.parametrize(("count", "batch", "per_image"), [(200, 3, True), (9000, 2, True), (3000, 5, False)])
+def test_result_has_the_same_bits_on_one_and_two_threads(count, batch, per_image):
+    """With a task for every image, and with the Gaussians of few images divided."""
     if numba.config.NUMBA_NUM_THREADS < 2:
         pytest.skip("numba was started with one thread")
-    arrays = scene(dtype=torch.float32)
-    upstream = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(3))
+    arrays = scene(count=count, batch=batch, per_image=per_image, dtype=torch.float32)
+    upstream = torch.randn(batch, 64, 64, generator=torch.Generator().manual_seed(3))
     results = []
     before = numba.get_num_threads()
     for threads in (1, 2):
         numba.set_num_threads(threads)
         results.append(image_and_gradients(arrays, upstream))
-        results[-1].append(render_volume(arrays[0][0], arrays[1][0], arrays[2], 48, PIXEL))
+        results[-1].append(
+            render_volume(arrays[0].view(-1, count, 3)[0], arrays[1].view(-1, count)[0], arrays[2], 48, PIXEL)
+        )
     numba.set_num_threads(before)
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
@@ -211,6 +224,18 @@ def test_narrow_and_wide_gaussians_are_the_reference(width_px, image_budget, box
     assert all(error < budget for error, budget in zip(errors, (image_budget, 1e-5, 1e-5, 1e-5), strict=True)), errors
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize(
+    ("argument", "shape"),
+    [(0, (195, 3)), (0, (2, 200, 3)), (1, (195,)), (1, (3, 1)), (1, (1,)), (2, (1,)), (3, (1, 3, 3)), (4, (1, 2))],
+)
+def test_shapes_that_do_not_belong_together_are_refused(argument, shape, backend):
+    arrays = scene(dtype=torch.float32)
+    arrays[argument] = torch.ones(shape)
+    with pytest.raises(ValueError, match="do not belong together"):
+        project(*arrays, box=16, pixel_size=PIXEL, backend=backend)
+
+
 def test_many_gaussians_of_few_images_are_divided_without_loss():
     """One image of 5,000 Gaussians is worked on in several parts."""
     arrays = scene(count=5000, batch=1)
@@ -247,3 +272,37 @@ def test_summing_a_map_along_z_is_its_projection():
     )[0]
     summed = render_volume(centres, amplitudes, widths, 48, PIXEL, cut=6).sum(0) * PIXEL
     assert relative(summed, image) < 1e-5  # the sum over samples of a Gaussian wider than a pixel is its integral
+
+
+@pytest.mark.parametrize("width_px", [0.7, 3.0, 8.0])
+def test_map_of_narrow_and_wide_gaussians_holds_their_densities(width_px):
+    centres, amplitudes, _, *_ = scene(count=12, box=20, per_image=False, dtype=torch.float32)
+    widths = torch.full((12,), width_px * PIXEL)
+    axis = (torch.arange(20, dtype=torch.float64) - 10) * PIXEL
+    z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
+    points = torch.stack([x, y, z], dim=-1).reshape(-1, 1, 3)
+    squares = ((points - centres.double()) ** 2).sum(-1)
+    expected = (amplitudes * torch.exp(-squares / (2 * widths.double() ** 2))).sum(-1).reshape(20, 20, 20)
+    assert relative(render_volume(centres, amplitudes, widths, 20, PIXEL, cut=6.0), expected) < 1e-6
+
+
+def test_map_of_no_gaussians_and_of_gaussians_outside_is_empty():
+    nothing = render_volume(torch.zeros(0, 3), torch.zeros(0), torch.zeros(0), 9, PIXEL)
+    outside = torch.tensor([[1e3, 0, 0], [0, -1e3, 0], [0, 0, 1e3], [1e9, 1e9, 1e9]])
+    assert not nothing.any()
+    assert not render_volume(outside, torch.ones(4), torch.full((4,), 5.0), 9, PIXEL).any()
+
+
+def test_map_is_linear_in_the_amplitudes():
+    centres, first, widths, *_ = scene(count=30, box=24, per_image=False, dtype=torch.float32)
+    second = torch.flip(first, (0,))
+    a, b, mixed = (render_volume(centres, m, widths, 24, PIXEL) for m in (first, second, first - 2 * second))
+    assert torch.allclose(mixed, a - 2 * b, atol=1e-5)
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_what_is_no_number_shows_in_the_map(argument):
+    for axis in range(3):
+        arrays = [torch.zeros(3, 3), torch.ones(3), torch.full((3,), 5.0)]
+        arrays[argument].view(3, -1)[1, axis % arrays[argument].view(3, -1).shape[1]] = float("nan")
+        assert not torch.isfinite(render_volume(*arrays, 9, PIXEL)).all()

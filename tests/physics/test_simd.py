@@ -5,7 +5,19 @@ import pytest
 from numba import njit
 
 from spire_dist.physics import simd
-from spire_dist.physics.simd import LANES, exp2, fma, larger, load, ramp, spread, store, total, where_positive
+from spire_dist.physics.simd import (
+    LANES,
+    add_totals,
+    exp2,
+    fma,
+    larger,
+    load,
+    ramp,
+    spread,
+    store,
+    total,
+    where_positive,
+)
 
 
 @njit
@@ -31,6 +43,30 @@ def test_every_operation_is_numpys():
     assert (results[:, :3] == 7).all()  # nothing beside its sixteen numbers is written
     assert (results[:, -1] == 7).all()
     assert summed == pytest.approx(a.sum(), rel=1e-5)
+
+
+@njit
+def add_sums(x, out):
+    add_totals(out, 2, load(x, 0), load(x, LANES), load(x, 2 * LANES), load(x, 3 * LANES))
+
+
+def test_four_sums_are_added_to_four_neighbours():
+    x = np.random.default_rng(1).standard_normal(4 * LANES).astype(np.float32)
+    out = np.arange(8, dtype=np.float32)
+    add_sums(x, out)
+    expected = np.arange(8.0)
+    expected[2:6] += x.reshape(4, LANES).astype(np.float64).sum(1)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_what_is_no_number_stays_none():
+    x = np.full(LANES, np.nan, dtype=np.float32)
+    out = np.zeros_like(x)
+    powers(x, out)
+    assert np.isnan(out).all()
+    results = np.zeros((7, LANES + 4), dtype=np.float32)
+    apply(np.full(LANES + 2, np.nan, np.float32), *np.zeros((2, LANES + 2), np.float32), results)
+    assert np.isnan(results[4, 3:-1]).all()  # the larger of nan and 0
 
 
 @njit
