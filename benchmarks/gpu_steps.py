@@ -79,7 +79,7 @@ def main(
         print("no CUDA device: nothing measured")
         raise typer.Exit(2)
     config = settle(load_config(None, "cryobench"), quick)
-    machine = describe_machine(use_threads(config, BOX, device))
+    machine = describe_machine(use_threads(config, BOX, torch.device(device)))
     source = make_source(16 if quick else PARTICLES)
     work = partial(measure, config, source, torch.device(device), (8,) if quick else LARGER, 1 if quick else ROUNDS)
     gpu = describe_gpu() if device == "cuda" else None

@@ -258,3 +258,19 @@ def test_a_second_process_on_the_same_run_directory_is_refused(tiny_store, tiny_
     tmp_path.joinpath("run").mkdir()
     with sole_trainer(tmp_path / "run"):
         refusal(RunError, ["run", "another process trains here"], lambda: train(config, tmp_path / "run"))
+
+
+def test_the_projector_of_the_settings_is_the_one_that_trains(train_tiny, finished_table, tmp_path, capsys):
+    """The dense sum sees the same particles as the local splat, to what a cut at 4 σ costs."""
+    run = train_tiny(tmp_path / "run", "projector='torch'")
+    assert "projector torch" in capsys.readouterr().out
+    local, dense = (metrics(folder)[-1]["loss"] for folder in (finished_table, run))
+    assert dense == pytest.approx(local, rel=0.05)
+    local, dense = (np.load(folder / "latents.npy") for folder in (finished_table, run))
+    assert not np.array_equal(dense, local)
+
+
+def test_a_projector_that_cannot_run_here_is_refused_before_anything_is_written(train_tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"projector = triton: cannot take torch.float32 on cpu"):
+        train_tiny(tmp_path / "run", "projector='triton'", "device='cpu'")
+    assert not (tmp_path / "run").exists()
