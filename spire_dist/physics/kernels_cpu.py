@@ -93,11 +93,11 @@ def _window(centre, reach, box):  # pragma: no cover - compiled
     Clipped as numbers, before they become integers. A centre that is not a number gets the whole box, so that it is seen.
     Rounded by truncation of positive numbers, one instruction; `math.ceil` is a call that spills every vector.
     """
-    none, all_ = np.float32(0), np.float32(box)
-    before = all_ - centre + reach + np.float32(0.5)  # pixels from the first one to the end of the box
+    none, whole = np.float32(0), np.float32(box)
+    before = whole - centre + reach + np.float32(0.5)  # pixels from the first one to the end of the box
     until = centre + reach + np.float32(1.5)  # and from the box's first pixel to the last one
-    before = before if before < all_ else all_
-    until = until if until < all_ else all_
+    before = before if before < whole else whole
+    until = until if until < whole else whole
     before = before if before > none else none
     until = until if until > none else none
     return box - int(before), int(until) - 1

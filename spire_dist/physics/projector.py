@@ -29,7 +29,7 @@ from spire_dist.physics import kernels_cpu
 
 Backend = Literal["auto", "torch", "numba", "triton", "triton-dense"]
 DEFAULT_CUT = 4.0
-"""Standard deviations at which the local splat ends: relative error 2e-5 in the image, 2e-4 in the centres' gradient."""
+"""Standard deviations at which the local splat ends: relative error 3e-5 in the image, 2e-4 in the centres' gradient."""
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype = torch.float32, wanted: Backend = "auto") -> Backend:
