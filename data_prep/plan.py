@@ -12,18 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.images import (
-    Stack,
     background_mask,
     background_statistics,
     centre_contrast,
-    find_stack,
-    open_stack,
     protein_sign,
-    read_slices,
     resample,
     resampling_matrix,
 )
+from data_prep.locate import find_stack
 from data_prep.sources import read_particles, with_cryodrgn_poses
+from data_prep.stacks import Stack, open_stack, read_slices
 from data_prep.table import ParticleTable
 from spire_dist import numpy_pickle
 from spire_dist.errors import ConfigError, SourceError
