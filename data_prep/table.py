@@ -1,6 +1,6 @@
 """The particle table that `relion.py` and `cryosparc.py` fill, and the checks both share. Reads no file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,16 @@ class ParticleTable:
     """cryoSPARC's blob/sign: -1 where the protein is dark; None where the file says nothing."""
     ignored: list[str]
     """Effects that the file describes and the image model leaves out, such as beam tilt."""
+    source_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """[N], row in `source`, from 0; the tilts of one particle share it. Default: one image for each row, in order."""
+    uid: NDArray[np.uint64] | None = None
+    """[N], cryoSPARC's number of each particle, the same in all of its files."""
+    ctf_premultiplied: bool = False
+    """The images were already multiplied by their CTF, so that they show CTF² · projection."""
+
+    def __post_init__(self) -> None:
+        if len(self.source_index) == 0:
+            object.__setattr__(self, "source_index", np.arange(len(self)))
 
     def __len__(self) -> int:
         return len(self.slice_index)
