@@ -1,6 +1,5 @@
 """Maps in and out: `.mrc` files with a pixel size and an origin that make them overlay in ChimeraX."""
 
-import os
 from pathlib import Path
 
 import mrcfile
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spire_dist.errors import SourceError
+from spire_dist.files import replacing
 
 
 def read_map(path: Path) -> tuple[NDArray[np.float32], float]:
@@ -33,9 +33,6 @@ def write_map(path: Path, volume: NDArray[np.float32], pixel_size: float) -> Non
     The origin stays 0, as RELION and cryoSPARC write it, so that maps of this program lie on the maps and on the models
     fitted to maps of those; the particle's centre is voxel D // 2.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with mrcfile.new(partial, overwrite=True) as mrc:
+    with replacing(path) as partial, mrcfile.new(partial, overwrite=True) as mrc:
         mrc.set_data(np.ascontiguousarray(volume, dtype=np.float32))
         mrc.voxel_size = pixel_size
-    os.replace(partial, path)

@@ -5,7 +5,6 @@ checkpoints/step-00001234/COMMIT      written last; a folder without it is ignor
 latest                                the name of the newest committed folder
 """
 
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from spire_dist.errors import RunError
+from spire_dist.files import replacing, write_durably
 
 COMMIT = "COMMIT"
 
@@ -26,12 +26,8 @@ def save_checkpoint(run: Path, step: int, state: dict[str, Any], keep: int) -> P
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     # A run that goes on at the end of a stage saves its step again: the old state stays until the new one is whole.
-    partial = folder / "state.pt.partial"
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / "state.pt")
+    with replacing(folder / "state.pt", flushed=True) as partial:
+        torch.save(state, partial)
     write_durably(folder / COMMIT, f"{step}\n")
     write_durably(run / "latest", f"{folder.name}\n")
     folders = sorted((run / "checkpoints").glob("step-*"))
@@ -63,18 +59,3 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
             f"{folder}/state.pt: cannot be read ({reason}); remove the folder, write the "
             f"name of an older one into {pointer} and run again"
         ) from error
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file: the old text or the new one is there at any moment, and the new one survives a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

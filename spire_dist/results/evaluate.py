@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spire_dist.errors import ConfigError, SourceError
+from spire_dist.files import replacing
 from spire_dist.maps import read_map
 from spire_dist.progress import progress
 from spire_dist.results import fsc
 from spire_dist.results.agreement import Agreement, parts_agreement
 from spire_dist.results.plots import plot_evaluation
-from spire_dist.results.runs import decode_in_batches, replacing
+from spire_dist.results.runs import decode_in_batches
 from spire_dist.results.truth import Truth, open_truth, read_labels
 from spire_dist.training.run import FinishedRun, load_run
 

@@ -19,11 +19,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from spire_dist.errors import ConfigError
+from spire_dist.files import replacing
 from spire_dist.maps import read_map, write_map
 from spire_dist.progress import progress
 from spire_dist.results import latent_paths
 from spire_dist.results.pseudo_atoms import write_chimerax_script, write_pseudo_atoms
-from spire_dist.results.runs import decode_in_batches, replacing
+from spire_dist.results.runs import decode_in_batches
 from spire_dist.results.tables import source_path, write_latents_csv, write_particles
 from spire_dist.training.run import FinishedRun, load_run
 

@@ -7,7 +7,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from spire_dist.results.runs import replacing
+from spire_dist.files import replacing
 
 PART_COLOURS = (
     "#4f9dea", "#f2a03d", "#57c08b", "#e4657a", "#a585e6", "#3fc6cf", "#d888bd", "#bdb44e", "#8fa3b8", "#c9825a",

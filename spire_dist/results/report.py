@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import ndimage
 
 from spire_dist import __version__
+from spire_dist.files import replacing
 from spire_dist.maps import read_map
 from spire_dist.physics.ctf import contrast_transfer, frequency_grid
 from spire_dist.physics.projector import project
@@ -27,7 +28,7 @@ from spire_dist.results import fsc, plots, surfaces
 from spire_dist.results.agreement import displacement, variable_share
 from spire_dist.results.latent_paths import named_path, principal
 from spire_dist.results.pseudo_atoms import chain_names, part_colour
-from spire_dist.results.runs import decode_in_batches, read_json, read_metrics, replacing
+from spire_dist.results.runs import decode_in_batches, read_json, read_metrics
 from spire_dist.training.run import FinishedRun, load_run
 
 FRAME_MS = 90

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import SourceError
-from spire_dist.results.runs import replacing
+from spire_dist.files import replacing
 
 LATENT_LABEL = "rlnSpireLatent"
 """Followed by 1, 2, ...; RELION's labels start with rln, so that its column reader and every STAR tool take it."""

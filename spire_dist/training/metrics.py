@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from spire_dist.distributed.checkpoint import write_durably
+from spire_dist.files import write_durably
 
 
 class RunLog:

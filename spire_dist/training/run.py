@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from spire_dist import __version__
 from spire_dist.config import RunConfig, dump_config, load_config, with_absolute_paths
 from spire_dist.data.store import ParticleStore
-from spire_dist.distributed.checkpoint import load_checkpoint, write_durably
+from spire_dist.distributed.checkpoint import load_checkpoint
 from spire_dist.errors import ConfigError, RunError
+from spire_dist.files import write_durably
 from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
 from spire_dist.physics.projector import render_volume

@@ -19,6 +19,7 @@ from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.errors import ConfigError, SourceError, Stopped
+from spire_dist.files import replacing
 from spire_dist.maps import read_map, write_map
 from spire_dist.model.latents import Latents, LatentTable, build_latents
 from spire_dist.model.mixtures import Mixture
@@ -213,9 +214,8 @@ def _write_results(folder: Path, state: dict[str, Any], latents: Tensor, parts: 
             folder, STEPS_PER_STAGE + state["step"], {k: v for k, v in state.items() if k != "optimisers"}, keep=1
         )
     np.save(folder / "parts.npy", parts.numpy())
-    partial = folder / "latents.partial.npy"
-    np.save(partial, latents.numpy())
-    os.replace(partial, folder / "latents.npy")
+    with replacing(folder / "latents.npy") as partial:
+        np.save(partial, latents.numpy())
 
 
 def _resample(volume: NDArray[np.float32], given_a: float, box: int, pixel_size: float) -> NDArray[np.float32]:

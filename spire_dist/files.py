@@ -1,0 +1,60 @@
+"""Files that are complete or absent: written under a temporary name beside their place, flushed, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, *, flushed: bool = False) -> Iterator[Path]:
+    """A temporary name beside `path` for a file or folder: takes its place if the block ends well, else disappears.
+
+    With `flushed` the content and the name outlive a power cut as well.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    remove(partial)
+    try:
+        yield partial
+        if flushed:
+            for part in [p for p in partial.rglob("*") if p.is_file()] if partial.is_dir() else [partial]:
+                flush(part)
+        if path.is_dir():
+            remove(path)
+        os.replace(partial, path)
+        if flushed:
+            flush(path.parent)
+    finally:
+        remove(partial)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON that is complete or absent, also after a power cut."""
+    write_durably(path, json.dumps(content, indent=1))
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file: the old text or the new one is there at any moment, and the new one survives a power cut."""
+    with replacing(path, flushed=True) as partial:
+        partial.write_text(text)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
