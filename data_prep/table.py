@@ -46,6 +46,10 @@ class ParticleTable:
     """[N], cryoSPARC's number of each particle, the same in all of its files."""
     ctf_premultiplied: bool = False
     """The images were already multiplied by their CTF, so that they show CTF² · projection."""
+    also_read: list[Path] = field(default_factory=list)
+    """Files beside `source` that the table was made from."""
+    missing_poses: str = ""
+    """Why `rotations` is None, where the file tells."""
 
     def __post_init__(self) -> None:
         if len(self.source_index) == 0:
