@@ -1,30 +1,19 @@
 """Reads pickles that hold nothing but numpy arrays in tuples, lists and dictionaries, and never runs code from them.
 
 cryoDRGN writes poses, CTF tables and true latents so. A pickle names the functions it wants called; only the few that
-numpy itself needs to rebuild an array are allowed here, anything else is refused.
+numpy itself needs to rebuild an array are allowed here, anything else is refused, and so is a file that would have more
+memory reserved than it has bytes.
 """
 
+import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from spire_dist.errors import SourceError
-
-_NUMPY_CORES = ("numpy.core", "numpy._core")  # before and since numpy 2
-_ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),  # how protocol 2 spells bytes
-    *((f"{core}.multiarray", name) for core in _NUMPY_CORES for name in ("_reconstruct", "scalar")),
-    *((f"{core}.numeric", "_frombuffer") for core in _NUMPY_CORES),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are read")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def load(path: str | Path) -> Any:
@@ -34,10 +23,52 @@ def load(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            return _ArrayUnpickler(file, encoding="latin1").load()
+        content = path.read_bytes()
+        _check_memo(content)
+        return _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise SourceError(f"{path}: not a pickle of numpy arrays: {reason}") from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core", "numpy._core")  # its name before numpy 2
+        if (module, name) in _OWN:
+            return _OWN[module, name]
+        if (module, name) in _NUMPYS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only numpy arrays are read")
+
+
+def _empty_array(*_: Any) -> np.ndarray:
+    """What every array starts as: its state follows and brings its bytes. Whatever size the pickle asks for is unread."""
+    return np.ndarray((0,), dtype=np.int8)
+
+
+def _latin1_bytes(text: str, *_: Any) -> bytes:
+    return text.encode("latin1")
+
+
+_OWN = {
+    ("numpy", "ndarray"): None,  # only ever named, as the class that `_reconstruct` is to make
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("_codecs", "encode"): _latin1_bytes,  # how protocol 2 spells bytes
+}
+_NUMPYS = {
+    ("numpy", "dtype"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
+}
+
+
+def _check_memo(content: bytes) -> None:
+    """Refuse a number of the memo beyond how many were given: pickle would reserve room for all up to it."""
+    given = 0
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            given += 1
+            if argument is not None and argument > given:
+                raise pickle.UnpicklingError(f"its memo skips to number {argument}")

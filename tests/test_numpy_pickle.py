@@ -1,7 +1,9 @@
 """The restricted unpickler: arrays come in as pickle would load them, anything else is refused before it runs."""
 
+import contextlib
 import os
 import pickle
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 
@@ -57,6 +59,31 @@ def test_a_file_that_is_no_pickle_or_is_cut_short_is_refused_in_one_line(tmp_pat
     path = tmp_path / "broken.pkl"
     path.write_bytes(content)
     refusal(SourceError, [str(path)], lambda: numpy_pickle.load(path))
+
+
+def _asks_for(shape: tuple[int, ...]) -> bytes:
+    """A pickle that calls numpy's `_reconstruct` for an array of Python objects, 8 bytes each."""
+    return pickle.dumps(np.zeros(3), protocol=2).replace(pickle.dumps((0,), 2)[2:-1], pickle.dumps(shape, 2)[2:-1], 1)
+
+
+HUGE = {
+    "an array of objects": _asks_for((2**40,)),
+    "numpy.ndarray called": b"cnumpy\nndarray\n(" + pickle.dumps((2**40,), 2)[2:-1] + b"tR.",
+    "a memo": pickle.dumps(np.zeros(3), protocol=2).replace(b"q\x00", b"r\xff\xff\xff\xff", 1),
+    "bytes": b"\x80\x05\x8e" + (2**40).to_bytes(8, "little") + b"few.",
+}
+
+
+@pytest.mark.parametrize("content", HUGE.values(), ids=HUGE.keys())
+def test_a_pickle_that_asks_for_more_memory_than_it_has_bytes_is_given_none(tmp_path, content):
+    path = tmp_path / "huge.pkl"
+    path.write_bytes(content)
+    tracemalloc.start()
+    with contextlib.suppress(SourceError):
+        np.testing.assert_array_equal(numpy_pickle.load(path), np.zeros(3))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path, refusal):
