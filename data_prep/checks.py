@@ -3,6 +3,7 @@
 Called by `spire-dist verify` and `spire-dist inspect`.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 
 from data_prep.images import background_mask, background_statistics
 from data_prep.picture import draw_picture
-from data_prep.plan import Options, make_plan, stored_images
-from data_prep.writing import content_fingerprint, file_hash, shard_rows
+from data_prep.recipe import store_images
+from data_prep.shards import read_recipe, shard_rows, size_and_hash
+from data_prep.writing import content_fingerprint
 from spire_dist.data.store import SHARDS, ParticleStore, read_manifest
 from spire_dist.errors import SpireError
 from spire_dist.progress import progress
-from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME
+from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME, STACKS_NAME
 
 IMAGES_COMPARED = 64
 
@@ -42,7 +44,7 @@ def verify_store(store: Path, *, source: bool = True) -> list[str]:
     if content_fingerprint(manifest["files"], particles.attributes) != manifest["fingerprint"]:
         problems.append(f"{store / MANIFEST_NAME}: its fingerprint is not that of its files; make the store again")
     if source:
-        changed = _changed_inputs(particles.attributes)
+        changed = _changed_inputs(particles)
         problems += changed or _different_images(particles)
     return problems
 
@@ -69,47 +71,44 @@ def _damaged_files(store: Path, files: dict[str, dict[str, Any]]) -> list[tuple[
             damaged.append((path, "is missing"))
         elif path.stat().st_size != entry["bytes"]:
             damaged.append((path, f"has {path.stat().st_size} bytes, expected {entry['bytes']}"))
-        elif file_hash(path) != entry["sha256"]:
+        elif size_and_hash(path)["sha256"] != entry["sha256"]:
             damaged.append((path, "is damaged (its sha256 is not the manifest's)"))
     return damaged
 
 
-def _changed_inputs(attributes: dict[str, Any]) -> list[str]:
+def _changed_inputs(particles: ParticleStore) -> list[str]:
+    stacks = json.loads((particles.path / STACKS_NAME).read_text())
     problems = []
-    for entry in attributes["inputs"]:
+    for entry in (*particles.attributes["inputs"], *({"role": "stack"} | stack for stack in stacks)):
         path = Path(entry["path"])
         if not path.is_file():
             problems.append(f"{path}: the {entry['role']} file is gone, so the store cannot be compared with it")
         elif path.stat().st_size != entry["bytes"]:
             problems.append(f"{path}: has {path.stat().st_size} bytes, had {entry['bytes']} when the store was made")
-        elif "sha256" in entry and file_hash(path) != entry["sha256"]:
+        elif "sha256" in entry and size_and_hash(path)["sha256"] != entry["sha256"]:
             problems.append(f"{path}: its content changed since the store was made; make another store from it")
     return problems
 
 
 def _different_images(particles: ParticleStore) -> list[str]:
-    """A sample of particles, made from the source again."""
-    attributes = particles.attributes
-    paths: dict[str, list[Path]] = {}
-    for entry in attributes["inputs"]:
-        paths.setdefault(entry["role"], []).append(Path(entry["path"]))
-    poses, labels = (paths[role][0] if role in paths else None for role in ("poses", "labels"))
+    """A sample of particles, made from the stacks again."""
     rows = np.unique(np.linspace(0, particles.count - 1, IMAGES_COMPARED).astype(np.int64))
-    source_rows = particles.source_index[rows]
     try:
-        plan = make_plan(
-            paths["particles"][0], None, poses, labels, Options(**attributes["options"]), stack_paths=paths["stack"]
-        )
-        expected = stored_images(plan, source_rows, attributes["sign"]["applied"]).astype(np.float32)
+        recipe = read_recipe(particles.path, particles.attributes, rows)
+        made = np.empty((len(rows), recipe.box, recipe.box), dtype=recipe.dtype)
+        scales = store_images(recipe, np.arange(len(rows)), made, np.arange(len(rows)))
         found = particles.read(rows)
     except SpireError as error:
         return [str(error)]
-    # Another machine's arithmetic may round the last bit of a float16 differently.
-    differs = (np.abs(found - expected) > 2e-3 * (1 + np.abs(expected))).any(axis=(1, 2))
-    differs |= (particles.ctf[rows] != plan.table.ctf[source_rows]).any(axis=1)
+    expected = made.astype(np.float32) * (1 if scales is None else scales[:, None, None])
+    # Another machine's arithmetic may round the last bit differently.
+    step = np.full(len(rows), 2e-3) if scales is None else scales
+    differs = (np.abs(found - expected) > step[:, None, None] * (1 + np.abs(expected))).any(axis=(1, 2))
     return [
-        f"{particles.path}: particle {row} is not what row {source_row + 1} of {plan.table.source} gives now"
-        for row, source_row in zip(rows[differs], source_rows[differs], strict=True)
+        f"{particles.path}: particle {row}, row {particles.source_index[row] + 1} of "
+        f"{particles.sources[particles.source[row]]}, is not what {recipe.name(i)} gives now"
+        for i, row in enumerate(rows)
+        if differs[i]
     ]
 
 
@@ -151,7 +150,7 @@ def _facts(particles: ParticleStore) -> list[tuple[str, str]]:
     if particles.label is not None:
         facts.append(("labels", f"{len(np.unique(particles.label))} true state(s)"))
     source = attributes["inputs"][0]
-    stacks = sum(entry["role"] == "stack" for entry in attributes["inputs"])
+    stacks = len(json.loads((particles.path / STACKS_NAME).read_text()))
     facts += [
         ("source", f"{source['path']} (sha256 {source['sha256'][:12]}), {stacks} image file(s)"),
         ("fingerprint", particles.fingerprint),

@@ -1,25 +1,37 @@
 """Particle images into a store (`spire_dist.schema`), shard by shard; killed anywhere, the same command goes on.
 
-`prepare` is what `spire-dist prep` calls. It decides everything first (`plan.py`) and then writes (`writing.py`); a
-store that was begun goes on only with the options and inputs it was begun with, so that none mixes two sources.
+`prepare` is what `spire-dist prep` calls: `begin` decides everything (`plan.py`) and writes all but the images, then
+the shards are made, here or by the workers of a cluster, and `complete` closes the store. A store that was begun goes on
+only with the options and inputs it was begun with, so that none mixes two sources.
 """
 
+import json
+import multiprocessing
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
-from data_prep.plan import Options, Plan, decide_sign, make_plan
-from data_prep.writing import write_manifest, write_missing_shards, write_tables
+from data_prep.plan import Inputs, Options, Plan, make_plan, with_sign
+from data_prep.shards import is_noted, missing_shards, read_attributes, shards_of, write_shard
+from data_prep.writing import finish, planned_tables, write_stacks, write_tables
 from spire_dist.errors import ConfigError, StoreError
-from spire_dist.schema import CTF_COLUMNS, IMAGES_PER_CHUNK, MANIFEST_NAME, SCHEMA_VERSION
+from spire_dist.files import remove
+from spire_dist.progress import progress
+from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME, SCHEMA_VERSION, STACKS_NAME
 
-LARGEST_SHARD_BYTES = 2**30
+Engine = Callable[[Path, list[int]], Iterable[int]]
+"""Makes the given shards of a begun store, in any order, and yields each when it is done."""
+WORKER_BYTES = 200 * 2**20
+"""Of a process without its shard: the interpreter and the libraries."""
 
 
 def prepare(
@@ -41,6 +53,8 @@ def prepare(
     normalise: bool = True,
     allow_missing_poses: bool = False,
     workers: int | None = None,
+    engine: Engine | None = None,
+    dry_run: bool = False,
 ) -> Path:
     """Convert the particles of a .star or .cs file into a store, or finish one that was begun by the same call.
 
@@ -56,17 +70,19 @@ def prepare(
         no_ctf: the images have no CTF (projections).
         seed: of the order in which particles are stored.
         shuffle: store in random order, which lets training read whole chunks.
-        images_per_shard: images in one file, a multiple of 64; fewer where a file would exceed 1 GiB.
-        dtype: float16 or float32, of the images on disk.
+        images_per_shard: images in one file, a multiple of 64; fewer where a file would exceed 256 MiB.
+        dtype: of the images on disk: float16, float32, or compact (8 bits and compressed).
         poses: cryoDRGN pose pickle, instead of the file's poses.
         normalise: bring each image's background to mean 0 and standard deviation 1 (off for noise-free images).
         allow_missing_poses: make a store that can be looked at but not trained on.
-        workers: threads; default one per core.
+        workers: processes; default one per core.
+        engine: what makes the shards instead of processes of this machine.
+        dry_run: check everything, say what it would take, and write nothing.
 
     Returns the store's path. Raises `ConfigError`, `SourceError` or `StoreError`, each in one line.
 
     """
-    source, store = Path(source), Path(store)
+    inputs = Inputs(particles=Path(source), datadir=datadir, poses=poses, labels=labels)
     options = Options(
         box=box,
         sign=sign,
@@ -80,23 +96,74 @@ def prepare(
         normalise=normalise,
         allow_missing_poses=allow_missing_poses,
     )
+    store, workers = Path(store), workers or len(os.sched_getaffinity(0))
+    if begin(inputs, options, store, workers, dry_run=dry_run):
+        complete(store, engine or partial(in_processes, workers=workers))
+    return store
+
+
+def begin(inputs: Inputs, options: Options, store: Path, workers: int = 1, *, dry_run: bool = False) -> bool:
+    """Everything but the images, unless it is there; says what the store will take. False for a dry run.
+
+    Afterwards the store describes itself: `complete`, or `write_shard` anywhere, needs neither inputs nor options.
+    """
     begun = _begun_attributes(store)
-    plan = make_plan(source, datadir, poses, labels, options)
+    plan = make_plan(inputs, options)
     if begun is not None:
         _refuse_difference(store, begun, plan)
-        if (store / MANIFEST_NAME).exists():
-            return store
+        if not (store / MANIFEST_NAME).exists():
+            write_stacks(store, plan.recipe.stacks)  # which may have moved since
+    else:
+        _refuse_full_disk(store, plan, workers)
+        plan, sign = with_sign(plan)
+        if not dry_run:
+            try:
+                write_tables(store, store_attributes(plan, sign), planned_tables(plan), plan.recipe.stacks)
+            except OSError as error:
+                raise _cannot_write(store, error) from error
+    return not dry_run
+
+
+def complete(store: Path, engine: Engine) -> None:
+    """Make the shards that are not there yet, then the manifest; nothing where the store is finished."""
+    if (store / MANIFEST_NAME).exists():
+        return
+    attributes = read_attributes(store)
     try:
-        if begun is None:
-            _refuse_full_disk(store, plan)
-            begun = store_attributes(plan, decide_sign(plan))
-            write_tables(store, plan, begun)
-        write_missing_shards(store, plan, begun, workers or os.cpu_count() or 1)
-        write_manifest(store, begun)
+        for leftover in (store / "images").rglob("*.partial*"):  # of a write that was killed
+            remove(leftover)
+        missing, total = missing_shards(store), len(shards_of(attributes))
+        for _ in progress(engine(store, missing), "prep", total=total, unit="shard", done=total - len(missing)):
+            pass
+        unmade = [shard for shard in missing if not is_noted(store, shard)]
+        if unmade:
+            raise StoreError(f"{store}: {len(unmade)} of {total} shards were not made; run the same command again")
+        finish(store, attributes)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise StoreError(f"{store}: cannot be written ({reason}); run the same command again when it can") from error
-    return store
+        raise _cannot_write(store, error) from error
+
+
+def in_processes(store: Path, shards: list[int], workers: int) -> Iterator[int]:
+    """The engine of one machine: `workers` processes, each making one shard at a time."""
+    if min(workers, len(shards)) <= 1:
+        yield from (write_shard(store, shard) for shard in shards)
+        return
+    with ProcessPoolExecutor(min(workers, len(shards)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = [pool.submit(write_shard, store, shard) for shard in shards]
+        try:
+            for task in as_completed(tasks):
+                yield task.result()
+        except BrokenProcessPool as error:
+            raise StoreError(
+                f"{store}: a worker was killed, perhaps for its memory; run the same command again with fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _cannot_write(store: Path, error: OSError) -> StoreError:
+    reason = error.strerror or str(error)
+    return StoreError(f"{store}: cannot be written ({reason}); run the same command again when it can")
 
 
 def store_attributes(plan: Plan, sign: dict[str, Any]) -> dict[str, Any]:
@@ -104,16 +171,16 @@ def store_attributes(plan: Plan, sign: dict[str, Any]) -> dict[str, Any]:
     groups = []
     for i, name in enumerate(plan.table.optics_names):
         rows = np.flatnonzero(plan.table.optics_group == i)
-        boxes = {plan.stacks[file].box for file in np.unique(plan.table.image_file[rows])}
+        boxes = {plan.recipe.stacks[file].box for file in np.unique(plan.table.image_file[rows])}
         sizes = np.unique(plan.table.pixel_size_a[rows])
         groups.append({"name": name, "count": len(rows), "boxes": sorted(boxes), "pixel_sizes_a": sizes.tolist()})
-    header_sizes = {round(stack.header_pixel_size, 4) for stack in plan.stacks}
-    shard_bytes = IMAGES_PER_CHUNK * plan.box**2 * np.dtype(plan.options.dtype).itemsize
+    header_sizes = {round(stack.header_pixel_size, 4) for stack in plan.recipe.stacks}
     return {
         "schema_version": SCHEMA_VERSION,
         "count": len(plan.table),
-        "box": plan.box,
+        "box": plan.recipe.box,
         "pixel_size_a": plan.pixel_size_a,
+        "extent_a": plan.recipe.extent_a,
         "ctf_columns": list(CTF_COLUMNS),
         "has_poses": plan.table.rotations is not None,
         "has_ctf": not plan.options.no_ctf,
@@ -122,11 +189,11 @@ def store_attributes(plan: Plan, sign: dict[str, Any]) -> dict[str, Any]:
         "header_pixel_sizes_a": sorted(header_sizes),
         "sign": sign,
         "normalised": plan.options.normalise,
-        "background_radius_a": plan.radius_a,
-        "codec": "none",
-        "images_per_shard": min(
-            plan.options.images_per_shard, max(LARGEST_SHARD_BYTES // shard_bytes, 1) * IMAGES_PER_CHUNK
-        ),
+        "background_radius_a": plan.recipe.radius_a,
+        "codec": "compact" if plan.options.dtype == "compact" else "none",
+        "dtype": plan.recipe.dtype,
+        "images_per_chunk": plan.images_per_chunk,
+        "images_per_shard": plan.images_per_shard,
         "options": asdict(plan.options),
         "inputs": plan.inputs,
     }
@@ -136,7 +203,7 @@ def _begun_attributes(store: Path) -> dict[str, Any] | None:
     """Attributes of a store that was begun here before, None where nothing stands."""
     try:
         if (store / "zarr.json").is_file():
-            return zarr.open_group(store, mode="r").attrs.asdict()
+            return read_attributes(store)
         if store.exists() and not (store.is_dir() and not any(store.iterdir())):
             raise ConfigError(f"{store}: exists and is not a particle store; give another name")
         existing = _existing_parent(store)
@@ -162,19 +229,34 @@ def _refuse_difference(store: Path, begun: dict[str, Any], plan: Plan) -> None:
     if len(begun["inputs"]) != len(plan.inputs):
         raise StoreError(f"{store}: begun with {len(begun['inputs'])} input files, now {len(plan.inputs)}; {advice}")
     for before, now in zip(begun["inputs"], plan.inputs, strict=True):
-        if (before["role"], before["bytes"], before.get("sha256")) != (now["role"], now["bytes"], now.get("sha256")):
-            what = f"{before['bytes']} bytes" + (f", sha256 {before['sha256'][:12]}" if "sha256" in before else "")
+        if (before["role"], before["sha256"]) != (now["role"], now["sha256"]):
+            what = f"{before['bytes']} bytes, sha256 {before['sha256'][:12]}"
             raise StoreError(f"{now['path']}: not the {now['role']} file {store} was begun with ({what}); {advice}")
+    stacks = json.loads((store / STACKS_NAME).read_text())
+    for before, now in zip(stacks, plan.recipe.stacks, strict=True):
+        if before["bytes"] != now.bytes:
+            what = f"{before['bytes']} bytes, now {now.bytes}"
+            raise StoreError(f"{now.path}: not the stack file {store} was begun with ({what}); {advice}")
 
 
-def _refuse_full_disk(store: Path, plan: Plan) -> None:
-    """Say how much will be written, and refuse where it cannot fit."""
-    needed = len(plan.table) * plan.box**2 * np.dtype(plan.options.dtype).itemsize
+def _refuse_full_disk(store: Path, plan: Plan, workers: int) -> None:
+    """Say how much will be written and held, and refuse what cannot fit."""
+    count = len(plan.table)
+    needed = count * plan.image_bytes
     free = shutil.disk_usage(_existing_parent(store)).free
-    line = f"{len(plan.table)} images of {plan.box} px at {plan.pixel_size_a:.4g} Å/px: {_readable(needed)}"
+    shards = -(-count // plan.images_per_shard)
+    line = f"{count} images of {plan.recipe.box} px at {plan.pixel_size_a:.4g} Å/px: {_readable(needed)}"
+    if plan.options.dtype == "compact":
+        line += " before compression"
     if needed > free:
         raise ConfigError(f"{store}: {line}, but only {_readable(free)} are free; use a smaller box or another disk")
-    print(f"{store}: {line}", file=sys.stderr)
+    at_once = min(workers, shards)
+    memory = at_once * (WORKER_BYTES + min(plan.images_per_shard, count) * plan.image_bytes)
+    print(
+        f"{store}: {line} in {shards} shard(s), {_readable(free)} free; {_readable(sum(s.bytes for s in plan.recipe.stacks))} "
+        f"in {len(plan.recipe.stacks)} stack(s) to read; about {_readable(memory)} of memory for {at_once} process(es)",
+        file=sys.stderr,
+    )
 
 
 def _existing_parent(store: Path) -> Path:

@@ -1,38 +1,50 @@
 """All that is decided before the first image is written: which stacks, which grid, which sign, in which order.
 
-Called by `convert.py` to write a store and by `checks.py` to make the images again and compare.
+Called by `convert.py`.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.images import (
-    background_mask,
-    background_statistics,
-    centre_contrast,
-    protein_sign,
-    resample,
-    resampling_matrix,
-)
+from data_prep.images import centre_contrast, protein_sign
 from data_prep.locate import find_stack
+from data_prep.recipe import IMAGES_AT_ONCE, SAME_EXTENT, Recipe, raw_images
 from data_prep.sources import read_particles, with_cryodrgn_poses
-from data_prep.stacks import Stack, open_stack, read_slices
+from data_prep.stacks import Stack, open_stack
 from data_prep.table import ParticleTable
 from spire_dist import numpy_pickle
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.progress import progress
-from spire_dist.schema import IMAGES_PER_CHUNK
+from spire_dist.schema import MOST_IMAGES_PER_CHUNK, images_per_chunk
 
 BACKGROUND_RADIUS = 0.4
 """Default radius of the particle as a fraction of the box side; what lies outside is background."""
 IMAGES_FOR_SIGN = 512
-SAME_EXTENT = 1e-4
-"""Fields of view that differ by less than this fraction count as equal (1.31 and 1.3099979 Å/px are)."""
+DTYPES = {"float16": "float16", "float32": "float32", "compact": "int8"}
+"""What the user may ask for, and what the images are on disk."""
+LARGEST_SHARD_BYTES = 2**28
+"""A shard is made in memory, by each worker."""
+RUNS_PER_SHARD = 32
+"""Places of the input that a shard mixes, at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The files a store is made from, as the user names them."""
+
+    particles: Path
+    """RELION .star, cryoSPARC .cs or .csg, .txt list of stacks, or a stack."""
+    datadir: Path | None = None
+    """Folder that the stacks' names start from."""
+    poses: Path | None = None
+    """cryoDRGN pose pickle."""
+    labels: Path | None = None
+    """.npy or pickle of N true states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,127 +66,125 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """Everything needed to make any image of the store; rows here are the source's."""
+    """A store before its first byte; rows here are the particle file's."""
 
     table: ParticleTable
-    stacks: list[Stack]
-    """One per `table.image_paths`."""
-    box: int
-    extent_a: float
-    """Side of the stored images, Å."""
+    recipe: Recipe
+    """Its sign is open (1) until `with_sign`."""
     label: NDArray[np.int32] | None
     order: NDArray[np.int64]
-    """[N], the source row of each store row."""
+    """[N], the row of each row of the store."""
+    images_per_chunk: int
+    images_per_shard: int
     options: Options
     inputs: list[dict[str, Any]]
-    """The files read: the particle table first, with hash; then poses and labels; then the stacks, by size only."""
+    """The files read, stacks apart: role, path, size, sha256; the particle file first."""
 
     @property
     def pixel_size_a(self) -> float:
         """Å/px of the stored images."""
-        return self.extent_a / self.box
+        return self.recipe.extent_a / self.recipe.box
 
     @property
-    def radius_a(self) -> float:
-        """Background lies outside this, Å."""
-        return self.options.radius_a or BACKGROUND_RADIUS * self.extent_a
+    def image_bytes(self) -> int:
+        """Size of a stored image, where nothing is compressed."""
+        return self.recipe.box**2 * np.dtype(self.recipe.dtype).itemsize
 
 
-def make_plan(
-    source: Path,
-    datadir: Path | None,
-    poses: Path | None,
-    labels: Path | None,
-    options: Options,
-    stack_paths: list[Path] | None = None,
-) -> Plan:
-    """Read all metadata, check it against the stacks' headers and choose the common grid.
-
-    `stack_paths` are the table's stacks in its order, where they are known already; else they are looked for.
-    """
+def make_plan(inputs: Inputs, options: Options) -> Plan:
+    """Read all metadata, check it against the stacks' headers and choose the common grid."""
     _check_options(options)
+    source = inputs.particles
     table = read_particles(source, pixel_size=options.pixel_size, no_ctf=options.no_ctf)
-    paths = stack_paths or [find_stack(name, source, datadir) for name in table.image_paths]
+    paths = [find_stack(name, source, inputs.datadir) for name in table.image_paths]
     stacks = [open_stack(path) for path in progress(paths, "stacks", unit="file")]
     boxes = _check_slices(table, stacks)
     extents_a = boxes * table.pixel_size_a
-    if poses is not None:
-        table = with_cryodrgn_poses(table, poses, extents_a)
+    if table.ctf_premultiplied:
+        raise SourceError(
+            f"{source}: its images were multiplied by their CTF (rlnCtfDataAreCtfPremultiplied is 1), which the image model "
+            "does not undo; extract the particles without it"
+        )
+    if inputs.poses is not None:
+        table = with_cryodrgn_poses(table, inputs.poses, extents_a)
     elif table.rotations is None and not options.allow_missing_poses:
         raise SourceError(
             f"{source}: no poses (rlnAngleRot, rlnAngleTilt, rlnAnglePsi or alignments3D/pose); refine it first, "
             "or give a cryoDRGN pose pickle as poses"
         )
-    count = len(table)
     extent_a = float(extents_a.min())
     if options.radius_a is not None and not 0 < options.radius_a < 0.6 * extent_a:
         raise ConfigError(
             f"radius_a: {options.radius_a:g} Å leaves no background in images of {extent_a:.4g} Å; "
             f"expected the particle's radius, at most {0.6 * extent_a:.4g} Å"
         )
-    order = np.random.default_rng(options.seed).permutation(count) if options.shuffle else np.arange(count)
+    dtype = DTYPES[options.dtype]
+    box = _common_box(source, boxes, table.pixel_size_a, extent_a, options.box)
+    chunk = images_per_chunk(box, np.dtype(dtype).itemsize)
+    most = LARGEST_SHARD_BYTES // (box**2 * np.dtype(dtype).itemsize) // chunk * chunk
+    shard = min(options.images_per_shard, max(most, chunk))
+    recipe = Recipe(
+        stacks=stacks,
+        stack=table.image_file,
+        slice=table.slice_index.astype(np.int32),
+        pixel_size_a=table.pixel_size_a,
+        box=box,
+        extent_a=extent_a,
+        sign=1,
+        radius_a=(options.radius_a or BACKGROUND_RADIUS * extent_a) if options.normalise else None,
+        dtype=dtype,
+    )
+    count = len(table)
     return Plan(
         table=table,
-        stacks=stacks,
-        box=_common_box(source, boxes, table.pixel_size_a, extent_a, options.box),
-        extent_a=extent_a,
-        label=None if labels is None else _read_labels(labels, table),
-        order=order,
+        recipe=recipe,
+        label=None if inputs.labels is None else _read_labels(inputs.labels, table),
+        order=mixed_order(recipe.stack, recipe.slice, shard, options.seed) if options.shuffle else np.arange(count),
+        images_per_chunk=chunk,
+        images_per_shard=shard,
         options=options,
         inputs=[
-            *(_identity(role, p) for role, p in (("particles", source), ("poses", poses), ("labels", labels)) if p),
-            *({"role": "stack", "path": str(s.path.absolute()), "bytes": s.bytes} for s in stacks),
+            _identity(role, path)
+            for role, path in (("particles", source), ("poses", inputs.poses), ("labels", inputs.labels))
+            if path
         ],
     )
 
 
-def raw_images(plan: Plan, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Images of source rows [n] on the common grid, float32 [n, D, D], before sign and normalisation."""
-    images = np.empty((len(rows), plan.box, plan.box), dtype=np.float32)
-    files = plan.table.image_file[rows]
-    for file in np.unique(files):
-        stack, mine = plan.stacks[file], np.flatnonzero(files == file)
-        pixels = read_slices(stack, plan.table.slice_index[rows[mine]])
-        spans = np.array([_span(stack.box, plan.extent_a, size) for size in plan.table.pixel_size_a[rows[mine]]])
-        for span in np.unique(spans):  # one, unless optics groups share a stack
-            same = spans == span
-            images[mine[same]] = resample(pixels[same], resampling_matrix(stack.box, plan.box, float(span)))
-    return images
+def mixed_order(
+    stack: NDArray[np.int32], slices: NDArray[np.int32], images_per_shard: int, seed: int
+) -> NDArray[np.int64]:
+    """A seeded random order [N] in which every shard is still read from few places, each image once.
+
+    Images are sorted as they lie in their files and cut into runs of neighbours, at most 1/32 of a shard long and never
+    across two files; the runs are shuffled and dealt into shards, and the images shuffled within each. So a chunk is a
+    random sample of many places, a file of the usual few hundred particles is opened by few tasks, and shards are
+    independent tasks, which no full permutation of a large set allows.
+    """
+    rng = np.random.default_rng(seed)
+    by_file = np.lexsort((slices, stack))
+    sorted_stack = stack[by_file]
+    begins = np.flatnonzero(np.diff(sorted_stack, prepend=-1))
+    within = np.arange(len(stack)) - np.repeat(begins, np.diff(begins, append=len(stack)))
+    run = np.cumsum(within % max(images_per_shard // RUNS_PER_SHARD, 1) == 0) - 1
+    order = by_file[np.argsort(rng.permutation(run[-1] + 1)[run], kind="stable")]
+    shards = np.split(order, range(images_per_shard, len(order), images_per_shard))
+    return np.concatenate([rng.permutation(shard) for shard in shards])
 
 
-def stored_images(plan: Plan, rows: NDArray[np.int64], sign: int) -> NDArray[np.floating]:
-    """Images of source rows [n] as the store holds them: protein positive, background normalised, in its type."""
-    images = raw_images(plan, rows)
-    scale = np.full(len(rows), sign, dtype=np.float32)
-    mean = np.zeros(len(rows), dtype=np.float32)
-    if plan.options.normalise:
-        mask = background_mask(plan.box, plan.radius_a / plan.pixel_size_a)
-        mean, deviation = background_statistics(images, mask)
-        flat = deviation <= 1e-6 * np.abs(images).max(axis=(1, 2))
-        if flat.any():
-            raise SourceError(
-                f"{_name(plan, rows[np.argmax(flat)])}: flat background outside {plan.radius_a:.0f} Å (standard "
-                "deviation 0) cannot be normalised; noise-free images need normalise off"
-            )
-        scale = scale / deviation
-    with np.errstate(over="ignore"):
-        stored = ((images - mean[:, None, None]) * scale[:, None, None]).astype(plan.options.dtype)
-    bad = ~np.isfinite(stored).all(axis=(1, 2))
-    if bad.any():
-        raise SourceError(
-            f"{_name(plan, rows[np.argmax(bad)])}: values too large for {stored.dtype}; use dtype float32"
-        )
-    return stored
+def with_sign(plan: Plan) -> tuple[Plan, dict[str, Any]]:
+    """The plan with the factor that makes protein positive, and how it was found."""
+    sign = _decide_sign(plan)
+    return replace(plan, recipe=replace(plan.recipe, sign=sign["applied"])), sign
 
 
-def decide_sign(plan: Plan) -> dict[str, Any]:
-    """The factor that makes protein positive, with how it was found."""
+def _decide_sign(plan: Plan) -> dict[str, Any]:
     asked = plan.options.sign
     if asked != "auto":
         return {"applied": -1 if asked == "-" else 1, "found_by": "option"}
     rows = np.unique(np.linspace(0, len(plan.table) - 1, IMAGES_FOR_SIGN).astype(np.int64))
-    batches = np.split(rows, range(IMAGES_PER_CHUNK, len(rows), IMAGES_PER_CHUNK))
-    contrasts = np.concatenate([centre_contrast(raw_images(plan, batch)) for batch in progress(batches, "sign")])
+    batches = np.split(rows, range(IMAGES_AT_ONCE, len(rows), IMAGES_AT_ONCE))
+    contrasts = np.concatenate([centre_contrast(raw_images(plan.recipe, batch)) for batch in progress(batches, "sign")])
     measured = protein_sign(contrasts)
     evidence = {"images": len(rows), "contrast": float(contrasts.mean()), "spread": float(contrasts.std())}
     hint = int(np.sign(plan.table.sign_hint or 0.0))
@@ -194,10 +204,12 @@ def decide_sign(plan: Plan) -> dict[str, Any]:
 def _check_options(options: Options) -> None:
     if options.sign not in ("auto", "+", "-"):
         raise ConfigError(f"sign: {options.sign!r}; expected auto, + (protein is bright) or - (protein is dark)")
-    if options.dtype not in ("float16", "float32"):
-        raise ConfigError(f"dtype: {options.dtype!r}; expected float16 or float32")
-    if options.images_per_shard < 1 or options.images_per_shard % IMAGES_PER_CHUNK:
-        raise ConfigError(f"images_per_shard: {options.images_per_shard}; expected a multiple of {IMAGES_PER_CHUNK}")
+    if options.dtype not in DTYPES:
+        raise ConfigError(f"dtype: {options.dtype!r}; expected {', '.join(DTYPES)}")
+    if options.images_per_shard < 1 or options.images_per_shard % MOST_IMAGES_PER_CHUNK:
+        raise ConfigError(
+            f"images_per_shard: {options.images_per_shard}; expected a multiple of {MOST_IMAGES_PER_CHUNK}"
+        )
     if options.box is not None and options.box < 8:
         raise ConfigError(f"box: {options.box} px; expected at least 8")
     if options.seed < 0:
@@ -239,12 +251,6 @@ def _common_box(
     return asked
 
 
-def _span(box: int, extent_a: float, pixel_size_a: float) -> float:
-    """Side of the common field of view in an image's own pixels; rounded so that equal cases are exactly equal."""
-    span = extent_a / pixel_size_a
-    return float(box) if abs(span / box - 1) < SAME_EXTENT else round(span, 6)
-
-
 def _read_labels(path: Path, table: ParticleTable) -> NDArray[np.int32]:
     """True states [N] from a .npy or pickle of integers."""
     try:
@@ -264,7 +270,3 @@ def _identity(role: str, path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     return {"role": role, "path": str(path.absolute()), "bytes": len(content), "sha256": digest}
-
-
-def _name(plan: Plan, row: np.int64) -> str:
-    return f"{plan.stacks[plan.table.image_file[row]].path}: image {plan.table.slice_index[row] + 1}"

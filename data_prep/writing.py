@@ -1,16 +1,16 @@
-"""Writes a planned store. Called by `convert.py`; killed anywhere, the same calls go on and end in the same bytes.
+"""The first and the last step of writing a store; what lies between, its shards, is in `shards.py`.
 
-1. everything but the images (attributes, poses, CTF) is written under a temporary name and renamed: the store exists;
-2. each shard is one task: written by rename, flushed to disk, and only then noted with its hash in `.prep/`;
-3. the manifest, with the hash of every file, comes last: the store is finished.
+1. `write_tables`: all but the images under a temporary name, then renamed: the store exists, and describes itself so
+   completely that its shards need nothing else;
+2. each shard is one task, noted in `.prep/` when it is on the disk;
+3. `write_manifest`: the hash of every file, as the last thing: the store is finished.
+
+Called by `convert.py` and `edit.py`; killed anywhere, the same calls go on and end in the same bytes.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,158 +18,98 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from data_prep.plan import Plan, stored_images
-from spire_dist.progress import progress
-from spire_dist.schema import ARRAYS, IMAGES_PER_CHUNK, MANIFEST_NAME, SCHEMA_VERSION
-
-NOTES = ".prep"
-"""Folder in the store with one note per finished shard: its size and sha256."""
-ROWS_PER_TABLE_CHUNK = 65536
+from data_prep.plan import Plan
+from data_prep.shards import NOTES, note_path, shard_name, shards_of, size_and_hash
+from data_prep.stacks import Stack
+from spire_dist.files import replacing, write_json
+from spire_dist.schema import ARRAYS, MANIFEST_NAME, OPTIONAL_ARRAYS, SCHEMA_VERSION, STACKS_NAME
 
 
-def write_tables(store: Path, plan: Plan, attributes: dict[str, Any]) -> None:
-    """The store without images, complete or absent."""
-    store.parent.mkdir(parents=True, exist_ok=True)
-    new = store.parent / f".{store.name}.new"
-    shutil.rmtree(new, ignore_errors=True)
-    group = zarr.create_group(new, attributes=attributes)
-    count, box, shard = len(plan.table), plan.box, attributes["images_per_shard"]
-    group.create_array(
-        "images",
-        shape=(count, box, box),
-        dtype=plan.options.dtype,
-        chunks=(IMAGES_PER_CHUNK, box, box),
-        shards=(shard, box, box),
-        compressors=None,
-        filters=None,
-        fill_value=0,
-    )
-    table, order = plan.table, plan.order
-    arrays: dict[str, NDArray[Any]] = {
-        "rotations": np.tile(np.eye(3, dtype=np.float32), (count, 1, 1))
-        if table.rotations is None
-        else table.rotations,
-        "shifts": np.zeros((count, 2), dtype=np.float32) if table.shifts_a is None else table.shifts_a,
+def planned_tables(plan: Plan) -> dict[str, NDArray[Any]]:
+    """All arrays but the images, in the order of the store."""
+    table, count = plan.table, len(plan.table)
+    no_rotations, no_shifts = np.tile(np.eye(3, dtype=np.float32), (count, 1, 1)), np.zeros((count, 2), np.float32)
+    tables: dict[str, NDArray[Any]] = {
+        "rotations": no_rotations if table.rotations is None else table.rotations,
+        "shifts": no_shifts if table.shifts_a is None else table.shifts_a,
         "ctf": table.ctf,
         "optics_group": table.optics_group,
-        "source_index": np.arange(count, dtype=np.int64),
+        "source": np.zeros(count, dtype=np.int32),
+        "source_index": table.source_index.astype(np.int64),
+        "stack": plan.recipe.stack.astype(np.int32),
+        "slice": plan.recipe.slice,
+        "input_pixel_size": plan.recipe.pixel_size_a,
     }
+    if table.uid is not None:
+        tables["uid"] = table.uid
     if plan.label is not None:
-        arrays["label"] = plan.label
-    for name, values in arrays.items():
-        chunks = (min(count, ROWS_PER_TABLE_CHUNK), *values.shape[1:])
-        group.create_array(name, data=values[order], chunks=chunks, compressors=None, filters=None)
-    (new / NOTES).mkdir()
-    for path in [p for p in new.rglob("*") if p.is_file()]:
-        _flush(path)
-    new.rename(store)
-    _flush(store.parent)
+        tables["label"] = plan.label
+    return {name: values[plan.order] for name, values in tables.items()}
 
 
-def write_missing_shards(store: Path, plan: Plan, attributes: dict[str, Any], workers: int) -> None:
-    """Make the shards that are not noted yet, each from chunks made by `workers` threads."""
-    for leftover in (*(store / "images").rglob("*.partial"), *store.rglob(".*.new")):  # of a write that was killed
-        leftover.unlink()
-    missing = [shard for shard in _shards(attributes) if not _is_noted(store, shard)]
-    chunks = -(-attributes["count"] // IMAGES_PER_CHUNK)
-    left = sum(-(-len(shard_rows(attributes, shard)) // IMAGES_PER_CHUNK) for shard in missing)
-    with ThreadPoolExecutor(workers) as pool:
-        work = (step for shard in missing for step in _write_shard(store, plan, attributes, shard, pool))
-        for _ in progress(work, "prep", total=chunks, unit="chunk", done=chunks - left):
-            pass
+def write_tables(
+    store: Path, attributes: dict[str, Any], tables: dict[str, NDArray[Any]], stacks: Iterable[Stack]
+) -> None:
+    """The store without images, complete or absent."""
+    count, box = attributes["count"], attributes["box"]
+    with replacing(store, flushed=True) as new:
+        group = zarr.create_group(new, attributes=attributes)
+        group.create_array(
+            "images",
+            shape=(count, box, box),
+            dtype=attributes["dtype"],
+            chunks=(attributes["images_per_chunk"], box, box),
+            shards=(attributes["images_per_shard"], box, box),
+            compressors=None if attributes["codec"] == "none" else zarr.codecs.ZstdCodec(level=3),
+            filters=None,
+            fill_value=0,
+        )
+        for name, values in tables.items():
+            _write_table(group, name, values)
+        write_stacks(new, stacks)
+        (new / NOTES).mkdir()
 
 
-def _write_shard(
-    store: Path, plan: Plan, attributes: dict[str, Any], shard: int, pool: ThreadPoolExecutor
-) -> Iterator[None]:
-    """Make, write, flush and note one shard; yields after each chunk. Always in chunks, so that bytes never differ."""
-    rows = shard_rows(attributes, shard)
-    source_rows = plan.order[rows.start : rows.stop]
-    batches = np.split(source_rows, range(IMAGES_PER_CHUNK, len(rows), IMAGES_PER_CHUNK))
-    images = np.empty((len(rows), plan.box, plan.box), dtype=plan.options.dtype)
-    sign = attributes["sign"]["applied"]
-    made = pool.map(lambda batch: stored_images(plan, batch, sign), batches)
-    for i, batch in enumerate(made):
-        images[i * IMAGES_PER_CHUNK :][: len(batch)] = batch
-        yield
-    path = store / shard_name(shard)
-    path.unlink(missing_ok=True)  # zarr would read a shard that it is to fill only in part
-    # An all-zero chunk is written like any other, so that every chunk has a place in its shard.
-    with zarr.config.set({"array.write_empty_chunks": True}):
-        array = zarr.open_array(store / "images", mode="r+")
-        array[rows.start : rows.stop] = images
-    _flush(path)
-    _write_json(_note(store, shard), _size_and_hash(path))
+def write_stacks(store: Path, stacks: Iterable[Stack]) -> None:
+    """Where the images are read from."""
+    write_json(store / STACKS_NAME, [{**vars(stack), "path": str(stack.path.absolute())} for stack in stacks])
 
 
-def shard_name(shard: int) -> str:
-    """A shard's file within the store."""
-    return f"images/c/{shard}/0/0"
-
-
-def _note(store: Path, shard: int) -> Path:
-    return store / NOTES / f"shard-{shard:06d}.json"
-
-
-def _is_noted(store: Path, shard: int) -> bool:
-    """Whether a shard was finished: noted, and still of the noted size."""
-    note, path = _note(store, shard), store / shard_name(shard)
-    return note.exists() and path.exists() and path.stat().st_size == json.loads(note.read_text())["bytes"]
+def finish(store: Path, attributes: dict[str, Any]) -> None:
+    """What needs every shard: the scales of compact images, then the manifest."""
+    if attributes["codec"] == "compact" and not (store / "scale" / "c" / "0").exists():
+        notes = (json.loads(note_path(store, shard).read_text()) for shard in shards_of(attributes))
+        scales = np.concatenate([np.array(note["scales"], dtype=np.float32) for note in notes])
+        with replacing(store / "scale", flushed=True) as partial:
+            _write_table(zarr.open_group(store), partial.name, scales)
+    write_manifest(store, attributes)
 
 
 def write_manifest(store: Path, attributes: dict[str, Any]) -> None:
     """Hashes of all files and the fingerprint over them, as the last thing written."""
-    tables = [path for name in ARRAYS if name != "images" for path in (store / name).rglob("*") if path.is_file()]
-    paths = [store / "zarr.json", store / "images" / "zarr.json", *tables]
-    files = {str(path.relative_to(store)): _size_and_hash(path) for path in paths}
-    files |= {shard_name(shard): json.loads(_note(store, shard).read_text()) for shard in _shards(attributes)}
+    names = [name for name in (*ARRAYS, *OPTIONAL_ARRAYS) if name != "images"]
+    tables = [path for name in names for path in (store / name).rglob("*") if path.is_file()]
+    paths = [store / "zarr.json", store / STACKS_NAME, store / "images" / "zarr.json", *tables]
+    files = {str(path.relative_to(store)): size_and_hash(path) for path in paths}
+    for shard in shards_of(attributes):
+        note = json.loads(note_path(store, shard).read_text())
+        files[shard_name(shard)] = {"bytes": note["bytes"], "sha256": note["sha256"]}
     fingerprint = content_fingerprint(files, attributes)
     manifest = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "files": dict(sorted(files.items()))}
-    _write_json(store / MANIFEST_NAME, manifest)
+    write_json(store / MANIFEST_NAME, manifest)
 
 
 def content_fingerprint(files: dict[str, dict[str, Any]], attributes: dict[str, Any]) -> str:
     """One hash of what is stored: images, poses, CTF and pixel size, whatever folder they came from.
 
-    The group's own zarr.json is left out, for it names the inputs' folders.
+    The group's own zarr.json and the list of stacks are left out, for they name the inputs' folders.
     """
-    hashes = {name: entry["sha256"] for name, entry in files.items() if name != "zarr.json"}
+    hashes = {name: entry["sha256"] for name, entry in files.items() if name not in ("zarr.json", STACKS_NAME)}
     identity = json.dumps([hashes, attributes["pixel_size_a"], attributes["has_poses"]], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
-def shard_rows(attributes: dict[str, Any], shard: int) -> range:
-    """Store rows of a shard."""
-    size = attributes["images_per_shard"]
-    return range(shard * size, min((shard + 1) * size, attributes["count"]))
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _shards(attributes: dict[str, Any]) -> range:
-    return range(-(-attributes["count"] // attributes["images_per_shard"]))
-
-
-def _size_and_hash(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Complete or absent, also after a power cut."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=1))
-    _flush(new)
-    new.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_table(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
+    """One uncompressed chunk, which readers map into memory: a million poses then cost none of it."""
+    with zarr.config.set({"array.write_empty_chunks": True}):  # else a table of zeros is no file
+        group.create_array(name, data=values, chunks=values.shape, compressors=None, filters=None)

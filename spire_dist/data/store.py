@@ -13,7 +13,7 @@ import zarr
 from numpy.typing import ArrayLike, NDArray
 
 from spire_dist.errors import StoreError
-from spire_dist.schema import CTF_COLUMNS, IMAGES_PER_CHUNK, MANIFEST_NAME, SCHEMA_VERSION
+from spire_dist.schema import ARRAYS, CTF_COLUMNS, MANIFEST_NAME, OPTIONAL_ARRAYS, SCHEMA_VERSION
 
 SHARDS = "images/c/"
 """What the names of all image files begin with."""
@@ -38,8 +38,18 @@ class ParticleStore:
     """[N, 9], columns `schema.CTF_COLUMNS`."""
     optics_group: NDArray[np.int32]
     """[N], index into `attributes["optics_groups"]`."""
+    source: NDArray[np.int32]
+    """[N], index into `sources`."""
     source_index: NDArray[np.int64]
-    """[N], row of the particle in the input file, from 0."""
+    """[N], row of the particle in its particle file, from 0; shared by the tilts of one particle."""
+    stack: NDArray[np.int32]
+    """[N], entry of stacks.json."""
+    slice: NDArray[np.int32]
+    """[N], image in that stack, from 0."""
+    scale: NDArray[np.float32] | None
+    """[N], what the 8-bit images of a compact store are multiplied by."""
+    uid: NDArray[np.uint64] | None
+    """[N], cryoSPARC's number of each particle."""
     label: NDArray[np.int32] | None
     """[N], the true state where it is known."""
     attributes: dict[str, Any]
@@ -47,8 +57,9 @@ class ParticleStore:
     fingerprint: str
     """Changes when an image, pose, CTF or the pixel size does; not when the store or its input is moved."""
     images_per_shard: int
+    images_per_chunk: int
     image_dtype: str
-    """float16 or float32, on disk."""
+    """float16, float32 or int8, on disk."""
 
     @classmethod
     def open(cls, path: str | Path) -> "ParticleStore":
@@ -64,7 +75,7 @@ class ParticleStore:
         try:
             group = zarr.open_group(path, mode="r")
             return cls._from_group(path, group, manifest["fingerprint"])
-        except (KeyError, OSError, ValueError) as error:
+        except (KeyError, OSError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise StoreError(f"{path}: damaged ({reason}); `spire-dist verify` checks the whole store") from error
 
@@ -80,17 +91,19 @@ class ParticleStore:
             box=box,
             pixel_size=float(attributes["pixel_size_a"]),
             count=count,
-            rotations=_values(group, "rotations"),
-            shifts=_values(group, "shifts"),
-            ctf=_values(group, "ctf"),
-            optics_group=_values(group, "optics_group"),
-            source_index=_values(group, "source_index"),
-            label=_values(group, "label") if "label" in group else None,
+            **{name: map_table(path, name) for name in ARRAYS if name not in ("images", "input_pixel_size")},
+            **{name: map_table(path, name) if name in group else None for name in OPTIONAL_ARRAYS},
             attributes=attributes,
             fingerprint=fingerprint,
             images_per_shard=(images.shards or images.chunks)[0],
+            images_per_chunk=images.chunks[0],
             image_dtype=str(images.dtype),
         )
+
+    @property
+    def sources(self) -> list[Path]:
+        """The particle files, as they were named."""
+        return [Path(entry["path"]) for entry in self.attributes["inputs"] if entry["role"] == "particles"]
 
     @property
     def has_poses(self) -> bool:
@@ -131,9 +144,9 @@ class ParticleStore:
             with open(path, "rb") as file:
                 offsets = self._chunk_offsets(file)
                 # A run is a stretch of consecutive rows within one chunk.
-                new_run = (np.diff(rows) != 1) | (rows[1:] % IMAGES_PER_CHUNK == 0)
+                new_run = (np.diff(rows) != 1) | (rows[1:] % self.images_per_chunk == 0)
                 for run in np.split(np.arange(rows.size), np.flatnonzero(new_run) + 1):
-                    chunk, within = divmod(int(rows[run[0]]) % self.images_per_shard, IMAGES_PER_CHUNK)
+                    chunk, within = divmod(int(rows[run[0]]) % self.images_per_shard, self.images_per_chunk)
                     file.seek(int(offsets[chunk]) + within * pixels * dtype.itemsize)
                     values = np.fromfile(file, dtype=dtype, count=run.size * pixels)
                     images[positions[run]] = values.reshape(run.size, self.box, self.box)
@@ -142,7 +155,7 @@ class ParticleStore:
 
     def _chunk_offsets(self, shard: BinaryIO) -> NDArray[np.uint64]:
         """Where each chunk of a shard starts (Zarr 3 sharding: the file ends with u64 pairs and a crc)."""
-        chunks = self.images_per_shard // IMAGES_PER_CHUNK
+        chunks = self.images_per_shard // self.images_per_chunk
         shard.seek(-(16 * chunks + 4), 2)
         return np.frombuffer(shard.read(16 * chunks), dtype="<u8").reshape(chunks, 2)[:, 0]
 
@@ -175,5 +188,11 @@ def _array(group: zarr.Group, name: str) -> zarr.Array:
     return array
 
 
-def _values(group: zarr.Group, name: str) -> NDArray[Any]:
-    return np.asarray(_array(group, name)[...])
+def map_table(path: Path, name: str) -> NDArray[Any]:
+    """The array `name` of a store, images apart, mapped into memory: it is one uncompressed chunk."""
+    description = json.loads((path / name / "zarr.json").read_text())
+    shape = tuple(description["shape"])
+    if description["chunk_grid"]["configuration"]["chunk_shape"] != description["shape"]:
+        raise ValueError(f"{name} is in several chunks")
+    file = path.joinpath(name, "c", *("0" for _ in shape))
+    return np.asarray(np.memmap(file, np.dtype(description["data_type"]).newbyteorder("<"), mode="r", shape=shape))

@@ -96,7 +96,7 @@ def test_an_image_that_is_no_longer_what_was_stored_is_named_by_row(tmp_path, wr
         mrc.data[7, 3, 3] += 5.0
     (problem,) = verify_store(store)
     row = int(np.flatnonzero(ParticleStore.open(store).source_index == 7)[0])
-    assert f"particle {row} " in problem
+    assert f"particle {row}, " in problem
     assert f"row 8 of {source}" in problem
 
 

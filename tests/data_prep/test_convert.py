@@ -19,7 +19,7 @@ import pytest
 import starfile
 from scipy import ndimage
 
-from data_prep import convert
+from data_prep import plan
 from data_prep.convert import prepare
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError, StoreError
@@ -168,8 +168,8 @@ def test_labels_follow_their_particles(tmp_path, write_particles, kind):
     np.testing.assert_array_equal(store.label, labels[store.source_index])
 
 
-def test_no_shard_is_larger_than_a_gibibyte(tmp_path, write_particles, monkeypatch):
-    monkeypatch.setattr(convert, "LARGEST_SHARD_BYTES", 2 * 64 * 16 * 16 * 2)  # two chunks of this set
+def test_a_shard_that_would_be_too_large_takes_fewer_images(tmp_path, write_particles, monkeypatch):
+    monkeypatch.setattr(plan, "LARGEST_SHARD_BYTES", 2 * 64 * 16 * 16 * 2)  # two chunks of this set
     store = ParticleStore.open(prepare(write_particles(tmp_path / "in"), tmp_path / "store"))
     assert store.images_per_shard == 128
     assert len(list((store.path / "images/c").iterdir())) == 2

@@ -24,7 +24,7 @@ class Killed(BaseException):
 
 
 def kill_at(monkeypatch, function: str, call: int) -> None:
-    """Die in the `call`-th use of `function` by the checkpoint module."""
+    """Die in the `call`-th use of `function` by a save."""
     target = torch if function == "save" else os
     original, calls = getattr(target, function), []
 
@@ -32,7 +32,7 @@ def kill_at(monkeypatch, function: str, call: int) -> None:
         calls.append(1)
         if len(calls) == call:
             if function == "save":
-                arguments[1].write(b"PK half a checkpoint")
+                arguments[1].write_bytes(b"PK half a checkpoint")
             raise Killed
         return original(*arguments, **options)
 

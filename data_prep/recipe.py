@@ -1,0 +1,112 @@
+"""How the images of a store are made from the stacks: read, brought to one grid, sign and background set.
+
+A recipe is planned (`plan.py`) in the order of the particle file, or read back from a begun store in the store's order
+(`shards.py`): making an image needs nothing else, so that any process on any machine can make any shard.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.images import background_mask, normalise, quantise, resample, resampling_matrix, to_half
+from data_prep.stacks import Stack, read_slices
+from spire_dist.errors import SourceError
+
+SAME_EXTENT = 1e-4
+"""Fields of view that differ by less than this fraction count as equal (1.31 and 1.3099979 Å/px are)."""
+IMAGES_AT_ONCE = 64
+"""Read and converted together: enough for the products of resampling, few enough for the cache."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recipe:
+    """Where the images of N rows are, and what is done to them."""
+
+    stacks: list[Stack]
+    stack: NDArray[np.int32]
+    """[N], index into `stacks`."""
+    slice: NDArray[np.int32]
+    """[N], image in its stack, from 0."""
+    pixel_size_a: NDArray[np.float64]
+    """[N], Å/px of the image in its stack."""
+    box: int
+    """Side of the images made, px."""
+    extent_a: float
+    """Side of the images made, Å."""
+    sign: int
+    """1 or -1: the factor that makes protein positive."""
+    radius_a: float | None
+    """Background lies outside this radius (Å) and is brought to mean 0 and standard deviation 1; None leaves it."""
+    dtype: str
+    """float16, float32, or int8 of a compact store."""
+
+    def name(self, row: int) -> str:
+        """An image, as an error message calls it."""
+        return f"{self.stacks[self.stack[row]].path}: image {self.slice[row] + 1}"
+
+
+def raw_images(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Images of rows [n] on the common grid, float32 [n, D, D], before sign and normalisation."""
+    images = np.empty((len(rows), recipe.box, recipe.box), dtype=np.float32)
+    files = recipe.stack[rows]
+    for file in np.unique(files):
+        stack, mine = recipe.stacks[file], np.flatnonzero(files == file)
+        pixels = read_slices(stack, recipe.slice[rows[mine]])
+        spans = np.array([_span(stack.box, recipe.extent_a, size) for size in recipe.pixel_size_a[rows[mine]]])
+        for span in np.unique(spans):  # one, unless optics groups share a stack
+            same = spans == span
+            images[mine[same]] = resample(pixels[same], resampling_matrix(stack.box, recipe.box, float(span)))
+    return images
+
+
+def store_images(
+    recipe: Recipe, rows: NDArray[np.int64], out: NDArray[np.generic], places: NDArray[np.int64]
+) -> NDArray[np.float32] | None:
+    """Make the images of rows [n] and put them, as the store holds them, into `out[places]`.
+
+    Returns the scales [n] of int8 images (pixel = value × scale), else None. Raises SourceError, naming stack and image,
+    for a background without any noise and for values beyond the type.
+    """
+    images = raw_images(recipe, rows)
+    pixel_size_a = recipe.extent_a / recipe.box
+    if recipe.radius_a is not None:
+        deviation = normalise(images, background_mask(recipe.box, recipe.radius_a / pixel_size_a), recipe.sign)
+        if (flat := ~(deviation > 0)).any():
+            raise SourceError(
+                f"{recipe.name(rows[np.argmax(flat)])}: flat background outside {recipe.radius_a:.0f} Å (standard "
+                "deviation 0) cannot be normalised; noise-free images need normalise off"
+            )
+    elif recipe.sign < 0:
+        np.negative(images, out=images)
+    if recipe.dtype == "int8":
+        values, scales = quantise(images)
+        out[places] = values
+        return scales
+    if recipe.dtype == "float16":
+        finite = to_half(images, out, places)
+        if not finite.all():
+            row = rows[np.argmin(finite)]
+            raise SourceError(f"{recipe.name(row)}: values too large for float16; use dtype float32")
+    else:
+        out[places] = images
+    return None
+
+
+def batches_in_file_order(recipe: Recipe, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Places in `rows` [n], sorted as the images lie in their files and cut into batches; no batch spans two files.
+
+    The cuts depend on the rows alone: matrix products may round differently in another company, and the bytes of a store
+    must not depend on who makes it.
+    """
+    order = np.lexsort((recipe.slice[rows], recipe.stack[rows]))
+    pieces = np.split(order, np.flatnonzero(np.diff(recipe.stack[rows[order]])) + 1)
+    return [
+        piece[i : i + IMAGES_AT_ONCE] for piece in pieces for i in range(0, len(piece), IMAGES_AT_ONCE) if len(piece)
+    ]
+
+
+def _span(box: int, extent_a: float, pixel_size_a: float) -> float:
+    """Side of the common field of view in an image's own pixels; rounded so that equal cases are exactly equal."""
+    span = extent_a / pixel_size_a
+    return float(box) if abs(span / box - 1) < SAME_EXTENT else round(span, 6)
