@@ -4,6 +4,7 @@ Called by `convert.py`.
 """
 
 import hashlib
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.cryodrgn import with_cryodrgn_poses
 from data_prep.images import centre_contrast, protein_sign
-from data_prep.locate import find_stack
+from data_prep.locate import find_stacks, renamed
 from data_prep.recipe import IMAGES_AT_ONCE, SAME_EXTENT, Recipe, raw_images
-from data_prep.sources import read_particles, with_cryodrgn_poses
+from data_prep.sources import read_particles
 from data_prep.stacks import Stack, open_stack
 from data_prep.table import ParticleTable
 from spire_dist import numpy_pickle
@@ -41,8 +43,14 @@ class Inputs:
     """RELION .star, cryoSPARC .cs or .csg, .txt list of stacks, or a stack."""
     datadir: Path | None = None
     """Folder that the stacks' names start from."""
+    strip_prefix: str | None = None
+    """What to leave out at the beginning of the stacks' names."""
+    passthrough: tuple[Path, ...] = ()
+    """cryoSPARC .cs files with further columns of the same particles."""
     poses: Path | None = None
     """cryoDRGN pose pickle."""
+    ctf: Path | None = None
+    """cryoDRGN CTF pickle."""
     labels: Path | None = None
     """.npy or pickle of N true states."""
 
@@ -95,8 +103,10 @@ def make_plan(inputs: Inputs, options: Options) -> Plan:
     """Read all metadata, check it against the stacks' headers and choose the common grid."""
     _check_options(options)
     source = inputs.particles
-    table = read_particles(source, pixel_size=options.pixel_size, no_ctf=options.no_ctf)
-    paths = [find_stack(name, source, inputs.datadir) for name in table.image_paths]
+    table = read_inputs(inputs, options.pixel_size, options.no_ctf)
+    paths = find_stacks(table.image_paths, source, inputs.datadir, inputs.strip_prefix)
+    if note := renamed(table.image_paths, paths):
+        print(f"{source}: {note}", file=sys.stderr)
     stacks = [open_stack(path) for path in progress(paths, "stacks", unit="file")]
     boxes = _check_slices(table, stacks)
     extents_a = boxes * table.pixel_size_a
@@ -143,12 +153,27 @@ def make_plan(inputs: Inputs, options: Options) -> Plan:
         images_per_chunk=chunk,
         images_per_shard=shard,
         options=options,
-        inputs=[
-            _identity(role, path)
-            for role, path in (("particles", source), ("poses", inputs.poses), ("labels", inputs.labels))
-            if path
-        ],
+        inputs=[_identity(role, path) for role, path in _files(inputs)],
     )
+
+
+def read_inputs(inputs: Inputs, pixel_size: float | None, no_ctf: bool) -> ParticleTable:
+    """The particle table of the files given; reads no stack but those a .txt list names, and these only for their size."""
+    source, datadir, prefix = inputs.particles, inputs.datadir, inputs.strip_prefix
+    return read_particles(
+        source,
+        pixel_size=pixel_size,
+        no_ctf=no_ctf,
+        passthrough=inputs.passthrough,
+        ctf=inputs.ctf,
+        find=lambda name: find_stacks([name], source, datadir, prefix)[0],
+    )
+
+
+def _files(inputs: Inputs) -> list[tuple[str, Path]]:
+    """(role, path) of every file given, stacks apart."""
+    single = (("particles", inputs.particles), ("poses", inputs.poses), ("ctf", inputs.ctf), ("labels", inputs.labels))
+    return [(role, path) for role, path in single if path] + [("passthrough", path) for path in inputs.passthrough]
 
 
 def mixed_order(

@@ -9,16 +9,14 @@ import pytest
 import starfile
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.lib import recfunctions
 
 from data_prep.relion import read_star
-from data_prep.sources import read_particles, with_cryodrgn_poses
-from spire_dist.errors import SourceError
+from data_prep.sources import read_particles
+from spire_dist.errors import ConfigError, SourceError
 
 PARTICLES = "particles/ml-struct-bio+cryodrgn/tests/data"
 METADATA = "metadata/ml-struct-bio+cryodrgn/tests/data"
 PFCRT = f"{METADATA}/FinalRefinement-OriginalParticles-PfCRT.star"
-REFINEMENT_CS = f"{METADATA}/cryosparc_P12_J24_001_particles.cs"
 
 
 def _unpickle(path: Path):
@@ -44,24 +42,6 @@ def test_relion_3_0_poses_equal_cryodrgns(shared_data):
     np.testing.assert_allclose(table.pixel_size_a, 1.035)  # 1.035 µm / 10,000
     # cryoDRGN's t is the origin as a fraction of the 300 px box, ours is where the molecule lies, in Å
     np.testing.assert_allclose(table.shifts_a, -centring * 300 * 1.035, atol=1e-6)
-
-
-def test_cryosparc_poses_equal_cryodrgns_also_for_rotation_vectors_beyond_pi(shared_data):
-    table = read_particles(shared_data / REFINEMENT_CS)
-    rotations, centring = _unpickle(shared_data / METADATA / "pose.cs.pkl")
-    vectors = np.load(shared_data / REFINEMENT_CS)["alignments3D/pose"]
-    assert np.linalg.norm(vectors, axis=1).max() > np.pi
-    np.testing.assert_allclose(table.rotations, rotations, atol=1e-6)
-    np.testing.assert_allclose(table.shifts_a, -centring * 180 * 2.95, atol=1e-4)
-
-
-def test_cryosparc_ctf_equals_cryodrgns(shared_data):
-    table = read_particles(shared_data / REFINEMENT_CS)
-    expected = _unpickle(shared_data / METADATA / "ctf2.pkl")  # box, Å/px, then our first seven columns
-    np.testing.assert_allclose(table.ctf[:, :7], expected[:, 2:], rtol=1e-6)
-    np.testing.assert_array_equal(table.ctf[:, 7:], np.tile([0.0, 1.0], (2019, 1)))
-    np.testing.assert_allclose(table.pixel_size_a, expected[:, 1], rtol=1e-6)
-    np.testing.assert_array_equal(table.stated_box, expected[:, 0])
 
 
 def test_relion_ctf_equals_cryodrgns(shared_data, tmp_path):
@@ -178,53 +158,6 @@ def test_any_path_after_the_last_at_sign_is_the_stack(number, padded, stack, tmp
     assert (table.slice_index[0], table.image_paths) == (number - 1, [f"dir/{stack}"])
 
 
-# --- cryoSPARC -------------------------------------------------------------------------------------------------------
-
-
-def test_a_leading_arrow_in_a_cs_path_is_removed(shared_data):
-    table = read_particles(shared_data / METADATA / "cryosparc_J2_particles_exported.cs")
-    assert table.image_paths == ["J1/imported/000090334788266266069_18jam15b_0345_ali_DW.mrcs"]
-    assert table.rotations is None  # aligned in 2D only
-
-
-def test_cryosparc_shifts_are_in_pixels_of_the_alignment_not_of_the_images(shared_data, tmp_path):
-    rows = np.load(shared_data / REFINEMENT_CS)
-    rows["alignments3D/psize_A"] *= 2
-    path = tmp_path / "binned.cs"
-    with open(path, "wb") as file:
-        np.save(file, rows)
-    one, other = read_particles(shared_data / REFINEMENT_CS), read_particles(path)
-    np.testing.assert_allclose(other.shifts_a, 2 * one.shifts_a, rtol=1e-6)
-    np.testing.assert_array_equal(one.pixel_size_a, other.pixel_size_a)
-
-
-# --- cryoDRGN's pose pickles -----------------------------------------------------------------------------------------
-
-
-def test_cryodrgns_pickle_gives_the_poses_of_the_star_file_it_was_made_from(shared_data):
-    from_star = read_particles(shared_data / PFCRT, no_ctf=True)
-    extent_a = np.full(5, 300 * 1.035)
-    from_pickle = with_cryodrgn_poses(from_star, shared_data / PARTICLES / "pose.star.pkl", extent_a)
-    np.testing.assert_allclose(from_pickle.rotations, from_star.rotations, atol=1e-6)
-    np.testing.assert_allclose(from_pickle.shifts_a, from_star.shifts_a, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ((np.tile(np.eye(3), (4, 1, 1)), np.zeros((4, 2))), ["rotations", "(4, 3, 3)", "(5, 3, 3)"]),
-        ((np.tile(np.eye(3), (5, 1, 1)), np.zeros((5, 3))), ["shifts", "(5, 3)", "(5, 2)"]),
-        (np.stack([*[np.eye(3)] * 4, 2 * np.eye(3)]), ["row 5", "not a rotation"]),
-        ((np.tile(np.eye(3), (5, 1, 1)), np.full((5, 2), np.nan)), ["shift", "row 1 and 4 more"]),
-    ],
-)
-def test_a_pose_pickle_that_does_not_fit_is_refused(shared_data, tmp_path, refusal, content, words):
-    table = read_particles(shared_data / PFCRT, no_ctf=True)
-    path = tmp_path / "poses.pkl"
-    path.write_bytes(pickle.dumps(content))
-    refusal(SourceError, [str(path), *words], lambda: with_cryodrgn_poses(table, path, np.ones(5)))
-
-
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -290,26 +223,8 @@ def test_a_star_file_without_amplitude_contrast_is_refused_by_that_name(shared_d
 
 
 @pytest.mark.parametrize(
-    "column", ["blob/path", "blob/psize_A", "ctf/df1_A", "ctf/amp_contrast", "alignments3D/psize_A"]
+    ("name", "words"), [("a.pdf", ["unknown kind '.pdf'", ".star", ".mrcs"]), ("b.cs", ["not a cryoSPARC table"])]
 )
-def test_a_cs_file_that_lacks_a_column_is_refused_by_its_name(shared_data, tmp_path, refusal, column):
-    rows = recfunctions.drop_fields(np.load(shared_data / REFINEMENT_CS), column)
-    path = tmp_path / "lacking.cs"
-    with open(path, "wb") as file:
-        np.save(file, rows)
-    refusal(SourceError, [str(path), column, "missing"], lambda: read_particles(path))
-
-
-def test_a_cs_file_with_a_pose_that_is_not_a_number_is_refused_by_row(shared_data, tmp_path, refusal):
-    rows = np.load(shared_data / REFINEMENT_CS)
-    rows["alignments3D/pose"][41, 1] = np.nan
-    path = tmp_path / "nan.cs"
-    with open(path, "wb") as file:
-        np.save(file, rows)
-    refusal(SourceError, ["alignments3D/pose", "row 42"], lambda: read_particles(path))
-
-
-@pytest.mark.parametrize(("name", "words"), [("a.txt", ["unknown kind '.txt'"]), ("b.cs", ["not a cryoSPARC table"])])
 def test_a_file_of_another_kind_is_refused(tmp_path, refusal, name, words):
     path = tmp_path / name
     path.write_text("hello")
@@ -318,3 +233,15 @@ def test_a_file_of_another_kind_is_refused(tmp_path, refusal, name, words):
 
 def test_a_source_that_does_not_exist_is_refused(tmp_path, refusal):
     refusal(SourceError, ["no such file"], lambda: read_particles(tmp_path / "absent.star"))
+
+
+def test_the_ending_of_a_name_may_be_in_capitals(tmp_path, write_particles):
+    star = write_particles(tmp_path, count=3)
+    assert len(read_particles(star.rename(star.with_suffix(".STAR")))) == 3
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path, write_particles, refusal):
+    star = write_particles(tmp_path, count=3)
+    one, two = tmp_path / "a.cs", tmp_path / "ctf.pkl"
+    refusal(ConfigError, ["passthrough", "particles.star"], lambda: read_particles(star, passthrough=[one]))
+    refusal(ConfigError, ["ctf", "no_ctf"], lambda: read_particles(star, ctf=two, no_ctf=True))
