@@ -21,7 +21,7 @@ STACK_SUFFIXES = (".mrcs", ".mrc")
 
 
 def read_stacks(
-    source: Path, pixel_size: float | None, no_ctf: bool, ctf: Path | None, find: Callable[[str], Path]
+    source: Path, pixel_size: float | None, no_ctf: bool, ctf: Path | None, find: Callable[[Sequence[str]], list[Path]]
 ) -> ParticleTable:
     """The images of a stack, or of all stacks of a .txt list in its order; see `sources.read_particles`.
 
@@ -29,7 +29,7 @@ def read_stacks(
     pixel size too, unless `pixel_size` (Å/px) is given.
     """
     names = _listed_stacks(source) if source.suffix.lower() == ".txt" else [source.name]
-    stacks = [open_stack(find(name)) for name in names]
+    stacks = [open_stack(path) for path in find(names)]
     if ctf is None and not no_ctf:
         raise SourceError(f"{source}: stacks have no CTF; give cryoDRGN's ctf pickle, or no_ctf for images without one")
     counts = [stack.count for stack in stacks]

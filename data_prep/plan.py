@@ -166,7 +166,7 @@ def read_inputs(inputs: Inputs, pixel_size: float | None, no_ctf: bool) -> Parti
         no_ctf=no_ctf,
         passthrough=inputs.passthrough,
         ctf=inputs.ctf,
-        find=lambda name: find_stacks([name], source, datadir, prefix)[0],
+        find=lambda names: find_stacks(names, source, datadir, prefix),
     )
 
 

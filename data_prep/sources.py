@@ -36,7 +36,7 @@ def read_particles(
     no_ctf: bool = False,
     passthrough: Sequence[Path] = (),
     ctf: Path | None = None,
-    find: Callable[[str], Path] | None = None,
+    find: Callable[[Sequence[str]], list[Path]] | None = None,
 ) -> ParticleTable:
     """Read a particle file of any kind in `KINDS`.
 
@@ -46,7 +46,7 @@ def read_particles(
         no_ctf: give every particle a CTF of 1.
         passthrough: further .cs files of the same particles, joined by uid.
         ctf: cryoDRGN's CTF pickle [N, 9], overrides what the file says.
-        find: gives the path of a stack that a .txt list names; default: relative to the list.
+        find: gives the paths of the stacks that a .txt list names; default: relative to the list.
 
     A file without poses gives a table whose `rotations` are None. Raises `SourceError` in one line naming file, column
     or row, and remedy.
@@ -64,7 +64,7 @@ def read_particles(
     elif kind in (".cs", ".csg"):
         table = read_cs(source, pixel_size, no_ctf or ctf is not None, passthrough)
     elif kind in (".txt", ".mrcs", ".mrc"):
-        table = read_stacks(source, pixel_size, no_ctf, ctf, find or source.parent.joinpath)
+        table = read_stacks(source, pixel_size, no_ctf, ctf, find or (lambda names: [source.parent / n for n in names]))
     else:
         raise SourceError(f"{source}: unknown kind {source.suffix!r}; particles are read from {KINDS}")
     return _possible(table if ctf is None else with_cryodrgn_ctf(table, ctf))
