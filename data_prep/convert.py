@@ -130,7 +130,7 @@ def complete(store: Path, engine: Engine) -> None:
         return
     attributes = read_attributes(store)
     try:
-        for leftover in (store / "images").rglob("*.partial*"):  # of a write that was killed
+        for leftover in store.rglob("*.partial*"):  # of a write that was killed
             remove(leftover)
         missing, total = missing_shards(store), len(shards_of(attributes))
         for _ in progress(engine(store, missing), "prep", total=total, unit="shard", done=total - len(missing)):

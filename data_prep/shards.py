@@ -1,7 +1,8 @@
 """One shard of a begun store is one task: `write_shard` makes it from nothing but the store's own description.
 
 Called by `convert.py` in local processes and by `cluster.prep_jobs` anywhere else, always with the same bytes. A shard
-is written under a temporary name, flushed, renamed, and only then noted with its size and hash in `.prep/`.
+is written under a temporary name, flushed, renamed, and only then noted with its size and hash in `.prep/`. Two processes
+may make the same shard at once: they write the same bytes, each under its own temporary name.
 """
 
 import hashlib
@@ -14,15 +15,18 @@ import zarr
 from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
+from zarr.buffer.cpu import Buffer
+from zarr.storage import MemoryStore
 
 from data_prep.recipe import Recipe, batches_in_file_order, store_images
-from data_prep.stacks import Stack
+from data_prep.stacks import Stack, announce
 from spire_dist.data.store import map_table
-from spire_dist.files import flush, replacing, write_json
+from spire_dist.files import replacing, write_json
 from spire_dist.schema import STACKS_NAME
 
 NOTES = ".prep"
 """Folder in the store with one note for each finished shard: its size and sha256, and the scales of compact images."""
+BATCHES_AHEAD = 8
 NOT_THERE = 2**64 - 1
 """Offset and size of a chunk that a shard does not hold (Zarr 3 sharding)."""
 
@@ -42,17 +46,34 @@ def write_shard(store: Path, shard: int) -> int:
     scales = np.ones(len(rows), dtype=np.float32)
     mine = np.arange(len(rows))
     with threadpool_limits(1):  # the tasks are what runs side by side
-        for batch in batches_in_file_order(recipe, mine):
+        batches = batches_in_file_order(recipe, mine)
+        for number, batch in enumerate(batches):
+            if number % BATCHES_AHEAD == 0:
+                _announce(recipe, batches[number + BATCHES_AHEAD : number + 2 * BATCHES_AHEAD])
             found = store_images(recipe, batch, images, batch)
             if found is not None:
                 scales[batch] = found
-    path = store / shard_name(shard)
-    if attributes["codec"] == "none":
-        note = _write_uncompressed(path, images, chunk, attributes["images_per_shard"] // chunk)
-    else:
-        note = _write_compressed(store, path, images[: len(rows)], rows) | {"scales": scales.tolist()}
-    write_json(note_path(store, shard), note)
+    note = write_images(store, attributes, shard, images)
+    if attributes["codec"] == "compact":
+        note["scales"] = scales.tolist()
+    write_json(note_path(store, shard), note, shared=True)
     return shard
+
+
+def _announce(recipe: Recipe, batches: list[NDArray[np.int64]]) -> None:
+    """Have the next images read while these are made: alone, a disk would idle while we compute."""
+    for batch in batches:
+        slices = recipe.slice[batch]
+        announce(recipe.stacks[recipe.stack[batch[0]]], int(slices.min()), int(slices.max()))
+
+
+def write_images(store: Path, attributes: dict[str, Any], shard: int, images: NDArray[np.generic]) -> dict[str, Any]:
+    """Put the images [n, D, D] of a shard on the disk, n filled up to whole chunks with zeros; returns size and sha256."""
+    path, chunk = store / shard_name(shard), attributes["images_per_chunk"]
+    if attributes["codec"] == "none":
+        return _write_uncompressed(path, images, chunk, attributes["images_per_shard"] // chunk)
+    rows = shard_rows(attributes, shard)
+    return _write_compressed(store, path, images[: len(rows)], rows)
 
 
 def _write_uncompressed(path: Path, images: NDArray[np.generic], chunk: int, chunks: int) -> dict[str, Any]:
@@ -64,10 +85,10 @@ def _write_uncompressed(path: Path, images: NDArray[np.generic], chunk: int, chu
     filled, size = len(images) // chunk, chunk * images[0].nbytes
     index[:filled, 0] = np.arange(filled) * size
     index[:filled, 1] = size
-    data = memoryview(images).cast("B")
+    data = images.data.cast("B")
     tail = index.tobytes()
     tail += crc32c(tail).to_bytes(4, "little")
-    with replacing(path, flushed=True) as partial, open(partial, "wb") as file:
+    with replacing(path, flushed=True, shared=True) as partial, open(partial, "wb") as file:
         file.write(data)
         file.write(tail)
     digest = hashlib.sha256(data)
@@ -76,11 +97,14 @@ def _write_uncompressed(path: Path, images: NDArray[np.generic], chunk: int, chu
 
 
 def _write_compressed(store: Path, path: Path, images: NDArray[np.generic], rows: range) -> dict[str, Any]:
-    path.unlink(missing_ok=True)  # zarr would read a shard that it is to fill only in part
+    """The shard as zarr makes it, in memory: on the disk zarr would read a shard that it is to fill only in part."""
+    files = {"zarr.json": Buffer.from_bytes((store / "images" / "zarr.json").read_bytes())}
     with zarr.config.set({"array.write_empty_chunks": True}):
-        zarr.open_array(store / "images", mode="r+")[rows.start : rows.stop] = images
-    flush(path)
-    return size_and_hash(path)
+        zarr.open_array(MemoryStore(files), mode="r+")[rows.start : rows.stop] = images
+    data = files[str(path.relative_to(store / "images"))].to_bytes()
+    with replacing(path, flushed=True, shared=True) as partial:
+        partial.write_bytes(data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def read_attributes(store: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path, *, flushed: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, flushed: bool = False, shared: bool = False) -> Iterator[Path]:
     """A temporary name beside `path` for a file or folder: takes its place if the block ends well, else disappears.
 
-    With `flushed` the content and the name outlive a power cut as well.
+    With `flushed` the content and the name outlive a power cut as well. With `shared` other processes, on any machine, may
+    be making the same file: each has a temporary name of its own, and the last to end wins. What a killed process leaves,
+    the next to use its name removes; under `shared` that is nobody, so whoever waits for them must.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    writer = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
+    partial = path.with_name(f".{path.stem}{writer}.partial{path.suffix}")
     remove(partial)
     try:
         yield partial
@@ -32,14 +36,14 @@ def replacing(path: Path, *, flushed: bool = False) -> Iterator[Path]:
         remove(partial)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, shared: bool = False) -> None:
     """JSON that is complete or absent, also after a power cut."""
-    write_durably(path, json.dumps(content, indent=1))
+    write_durably(path, json.dumps(content, indent=1), shared=shared)
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, text: str, *, shared: bool = False) -> None:
     """Replace a small file: the old text or the new one is there at any moment, and the new one survives a power cut."""
-    with replacing(path, flushed=True) as partial:
+    with replacing(path, flushed=True, shared=shared) as partial:
         partial.write_text(text)
 
 
