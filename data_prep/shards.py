@@ -15,7 +15,8 @@ import zarr
 from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
-from zarr.buffer.cpu import Buffer
+from zarr.abc.buffer import Buffer
+from zarr.buffer import cpu
 from zarr.storage import MemoryStore
 
 from data_prep.recipe import Recipe, batches_in_file_order, store_images
@@ -98,7 +99,7 @@ def _write_uncompressed(path: Path, images: NDArray[np.generic], chunk: int, chu
 
 def _write_compressed(store: Path, path: Path, images: NDArray[np.generic], rows: range) -> dict[str, Any]:
     """The shard as zarr makes it, in memory: on the disk zarr would read a shard that it is to fill only in part."""
-    files = {"zarr.json": Buffer.from_bytes((store / "images" / "zarr.json").read_bytes())}
+    files: dict[str, Buffer] = {"zarr.json": cpu.Buffer.from_bytes((store / "images" / "zarr.json").read_bytes())}
     with zarr.config.set({"array.write_empty_chunks": True}):
         zarr.open_array(MemoryStore(files), mode="r+")[rows.start : rows.stop] = images
     data = files[str(path.relative_to(store / "images"))].to_bytes()
