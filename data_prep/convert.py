@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.plan import Inputs, Options, Plan, make_plan, with_sign
+from data_prep import locate
+from data_prep.plan import Inputs, Options, Plan, make_plan, read_inputs, with_sign
 from data_prep.shards import is_noted, missing_shards, read_attributes, shards_of, write_shard
 from data_prep.writing import finish, planned_tables, write_stacks, write_tables
 from spire_dist.errors import ConfigError, StoreError
@@ -40,6 +41,8 @@ def prepare(
     *,
     box: int | None = None,
     datadir: Path | None = None,
+    strip_prefix: str | None = None,
+    passthrough: Sequence[Path] = (),
     sign: str = "auto",
     radius_a: float | None = None,
     pixel_size: float | None = None,
@@ -50,6 +53,7 @@ def prepare(
     images_per_shard: int = 4096,
     dtype: str = "float16",
     poses: Path | None = None,
+    ctf: Path | None = None,
     normalise: bool = True,
     allow_missing_poses: bool = False,
     workers: int | None = None,
@@ -59,10 +63,12 @@ def prepare(
     """Convert the particles of a .star or .cs file into a store, or finish one that was begun by the same call.
 
     Args:
-        source: RELION .star or cryoSPARC .cs.
+        source: RELION .star, cryoSPARC .cs or .csg, a .txt list of stacks or one stack (with `poses` and `ctf`).
         store: folder to make.
         box: side of the stored images, px; default: the input's. Smaller means Fourier cropping.
         datadir: folder that the stacks' paths are relative to; default: beside the source and above it.
+        strip_prefix: what to leave out at the beginning of the stacks' names.
+        passthrough: cryoSPARC .cs files with further columns of the same particles, joined by uid.
         sign: "+" where protein is bright in the input, "-" where dark, "auto" to find out from the images.
         radius_a: radius of the particle, Å; outside it is background. Default 0.4 of the image's side.
         pixel_size: Å/px of the input, overriding what the file says.
@@ -73,6 +79,7 @@ def prepare(
         images_per_shard: images in one file, a multiple of 64; fewer where a file would exceed 256 MiB.
         dtype: of the images on disk: float16, float32, or compact (8 bits and compressed).
         poses: cryoDRGN pose pickle, instead of the file's poses.
+        ctf: cryoDRGN CTF pickle, instead of the file's CTFs.
         normalise: bring each image's background to mean 0 and standard deviation 1 (off for noise-free images).
         allow_missing_poses: make a store that can be looked at but not trained on.
         workers: processes; default one per core.
@@ -82,7 +89,15 @@ def prepare(
     Returns the store's path. Raises `ConfigError`, `SourceError` or `StoreError`, each in one line.
 
     """
-    inputs = Inputs(particles=Path(source), datadir=datadir, poses=poses, labels=labels)
+    inputs = Inputs(
+        particles=Path(source),
+        datadir=datadir,
+        strip_prefix=strip_prefix,
+        passthrough=tuple(passthrough),
+        poses=poses,
+        ctf=ctf,
+        labels=labels,
+    )
     options = Options(
         box=box,
         sign=sign,
@@ -107,7 +122,7 @@ def begin(inputs: Inputs, options: Options, store: Path, workers: int = 1, *, dr
 
     Afterwards the store describes itself: `complete`, or `write_shard` anywhere, needs neither inputs nor options.
     """
-    begun = _begun_attributes(store)
+    begun = begun_attributes(store)
     plan = make_plan(inputs, options)
     if begun is not None:
         _refuse_difference(store, begun, plan)
@@ -120,11 +135,11 @@ def begin(inputs: Inputs, options: Options, store: Path, workers: int = 1, *, dr
             try:
                 write_tables(store, store_attributes(plan, sign), planned_tables(plan), plan.recipe.stacks)
             except OSError as error:
-                raise _cannot_write(store, error) from error
+                raise cannot_write(store, error) from error
     return not dry_run
 
 
-def complete(store: Path, engine: Engine) -> None:
+def complete(store: Path, engine: Engine, what: str = "prep") -> None:
     """Make the shards that are not there yet, then the manifest; nothing where the store is finished."""
     if (store / MANIFEST_NAME).exists():
         return
@@ -133,14 +148,14 @@ def complete(store: Path, engine: Engine) -> None:
         for leftover in store.rglob("*.partial*"):  # of a write that was killed
             remove(leftover)
         missing, total = missing_shards(store), len(shards_of(attributes))
-        for _ in progress(engine(store, missing), "prep", total=total, unit="shard", done=total - len(missing)):
+        for _ in progress(engine(store, missing), what, total=total, unit="shard", done=total - len(missing)):
             pass
         unmade = [shard for shard in missing if not is_noted(store, shard)]
         if unmade:
             raise StoreError(f"{store}: {len(unmade)} of {total} shards were not made; run the same command again")
         finish(store, attributes)
     except OSError as error:
-        raise _cannot_write(store, error) from error
+        raise cannot_write(store, error) from error
 
 
 def in_processes(store: Path, shards: list[int], workers: int) -> Iterator[int]:
@@ -161,7 +176,14 @@ def in_processes(store: Path, shards: list[int], workers: int) -> Iterator[int]:
             pool.shutdown(cancel_futures=True)
 
 
-def _cannot_write(store: Path, error: OSError) -> StoreError:
+def check_paths(inputs: Inputs, *, pixel_size: float | None = None, no_ctf: bool = False) -> list[str]:
+    """What is wrong with the paths of the stacks that a particle file names, one line each; none where all are there."""
+    names = read_inputs(inputs, pixel_size, no_ctf).image_paths
+    return locate.check_paths(names, inputs.particles, inputs.datadir, inputs.strip_prefix)
+
+
+def cannot_write(store: Path, error: OSError) -> StoreError:
+    """What to say where the disk is full or may not be written to."""
     reason = error.strerror or str(error)
     return StoreError(f"{store}: cannot be written ({reason}); run the same command again when it can")
 
@@ -199,14 +221,14 @@ def store_attributes(plan: Plan, sign: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _begun_attributes(store: Path) -> dict[str, Any] | None:
+def begun_attributes(store: Path) -> dict[str, Any] | None:
     """Attributes of a store that was begun here before, None where nothing stands."""
     try:
         if (store / "zarr.json").is_file():
             return read_attributes(store)
         if store.exists() and not (store.is_dir() and not any(store.iterdir())):
             raise ConfigError(f"{store}: exists and is not a particle store; give another name")
-        existing = _existing_parent(store)
+        existing = existing_parent(store)
         if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
             raise ConfigError(f"{store}: cannot be made, {existing} is no folder you may write to; give another name")
     except (OSError, ValueError, KeyError) as error:
@@ -222,6 +244,8 @@ def _refuse_difference(store: Path, begun: dict[str, Any], plan: Plan) -> None:
         raise StoreError(
             f"{store}: store version {begun.get('schema_version')}, not {SCHEMA_VERSION}; give another name"
         )
+    if "history" in begun:
+        raise StoreError(f"{store}: was made from other stores (see `spire-dist inspect`); give another name")
     for name, now in asdict(plan.options).items():
         if (before := begun["options"].get(name)) != now:
             raise StoreError(f"{store}: begun with {name} = {before}, now {now}; use the same, or another store")
@@ -243,26 +267,27 @@ def _refuse_full_disk(store: Path, plan: Plan, workers: int) -> None:
     """Say how much will be written and held, and refuse what cannot fit."""
     count = len(plan.table)
     needed = count * plan.image_bytes
-    free = shutil.disk_usage(_existing_parent(store)).free
+    free = shutil.disk_usage(existing_parent(store)).free
     shards = -(-count // plan.images_per_shard)
-    line = f"{count} images of {plan.recipe.box} px at {plan.pixel_size_a:.4g} Å/px: {_readable(needed)}"
+    line = f"{count} images of {plan.recipe.box} px at {plan.pixel_size_a:.4g} Å/px: {readable(needed)}"
     if plan.options.dtype == "compact":
         line += " before compression"
     if needed > free:
-        raise ConfigError(f"{store}: {line}, but only {_readable(free)} are free; use a smaller box or another disk")
+        raise ConfigError(f"{store}: {line}, but only {readable(free)} are free; use a smaller box or another disk")
     at_once = min(workers, shards)
     memory = at_once * (WORKER_BYTES + min(plan.images_per_shard, count) * plan.image_bytes)
     print(
-        f"{store}: {line} in {shards} shard(s), {_readable(free)} free; {_readable(sum(s.bytes for s in plan.recipe.stacks))} "
-        f"in {len(plan.recipe.stacks)} stack(s) to read; about {_readable(memory)} of memory for {at_once} process(es)",
+        f"{store}: {line} in {shards} shard(s), {readable(free)} free; {readable(sum(s.bytes for s in plan.recipe.stacks))} "
+        f"in {len(plan.recipe.stacks)} stack(s) to read; about {readable(memory)} of memory for {at_once} process(es)",
         file=sys.stderr,
     )
 
 
-def _existing_parent(store: Path) -> Path:
+def existing_parent(store: Path) -> Path:
     """The innermost folder above the store that is there already."""
     return next(parent for parent in store.absolute().parents if parent.exists())
 
 
-def _readable(count: int) -> str:
+def readable(count: int) -> str:
+    """A number of bytes, as people read it."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_prep.cryodrgn import with_cryodrgn_poses
 from data_prep.images import centre_contrast, protein_sign
 from data_prep.locate import find_stacks, renamed
-from data_prep.recipe import IMAGES_AT_ONCE, SAME_EXTENT, Recipe, raw_images
+from data_prep.recipe import SAME_EXTENT, Recipe, batches_in_file_order, raw_images
 from data_prep.sources import read_particles
 from data_prep.stacks import Stack, open_stack
 from data_prep.table import ParticleTable
@@ -208,8 +208,8 @@ def _decide_sign(plan: Plan) -> dict[str, Any]:
     if asked != "auto":
         return {"applied": -1 if asked == "-" else 1, "found_by": "option"}
     rows = np.unique(np.linspace(0, len(plan.table) - 1, IMAGES_FOR_SIGN).astype(np.int64))
-    batches = np.split(rows, range(IMAGES_AT_ONCE, len(rows), IMAGES_AT_ONCE))
-    contrasts = np.concatenate([centre_contrast(raw_images(plan.recipe, batch)) for batch in progress(batches, "sign")])
+    batches = progress(batches_in_file_order(plan.recipe, rows), "sign")
+    contrasts = np.concatenate([centre_contrast(raw_images(plan.recipe, rows[batch])) for batch in batches])
     measured = protein_sign(contrasts)
     evidence = {"images": len(rows), "contrast": float(contrasts.mean()), "spread": float(contrasts.std())}
     hint = int(np.sign(plan.table.sign_hint or 0.0))

@@ -15,8 +15,8 @@ from spire_dist.errors import SourceError
 
 SAME_EXTENT = 1e-4
 """Fields of view that differ by less than this fraction count as equal (1.31 and 1.3099979 Å/px are)."""
-IMAGES_AT_ONCE = 64
-"""Read and converted together: enough for the products of resampling, few enough for the cache."""
+BATCH_BYTES = 2**20
+"""Of images read and converted together: enough to be read in one piece, little enough to stay in a core's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,9 +101,11 @@ def batches_in_file_order(recipe: Recipe, rows: NDArray[np.int64]) -> list[NDArr
     """
     order = np.lexsort((recipe.slice[rows], recipe.stack[rows]))
     pieces = np.split(order, np.flatnonzero(np.diff(recipe.stack[rows[order]])) + 1)
-    return [
-        piece[i : i + IMAGES_AT_ONCE] for piece in pieces for i in range(0, len(piece), IMAGES_AT_ONCE) if len(piece)
-    ]
+    batches = []
+    for piece in pieces:
+        size = max(BATCH_BYTES // (4 * recipe.stacks[recipe.stack[rows[piece[0]]]].box ** 2), 1)
+        batches += [piece[i : i + size] for i in range(0, len(piece), size)]
+    return batches
 
 
 def _span(box: int, extent_a: float, pixel_size_a: float) -> float:

@@ -5,7 +5,9 @@ Called for every stack by `plan.py`, and for every run of images by the tasks th
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import mrcfile.utils
@@ -91,36 +93,47 @@ def open_stack(path: Path) -> Stack:
     )
 
 
-def read_run(stack: Stack, first: int, count: int) -> NDArray[np.generic]:
-    """Images `first` to `first + count - 1` (from 0) as they are in the file, [count, box, box] of the stack's type.
+def read_slices(stack: Stack, slices: NDArray[np.integer]) -> NDArray[np.float32]:
+    """Images `slices` [n] (from 0), anywhere in a stack, as float32 [n, box, box]; neighbours are read in one piece.
 
-    One read of neighbours: what a store is written from. No memory map, so that pages of the file are not counted as
-    memory of this process.
+    No memory map, so that pages of the file are not counted as memory of this process. Raises SourceError where the stack
+    is not what it was when its header was read, and for pixels that are not finite numbers.
     """
-    pixels = count * stack.box**2
-    dtype = np.dtype(stack.dtype)
+    images = np.empty((len(slices), stack.box, stack.box), dtype=stack.dtype)
+    runs = np.split(np.arange(len(slices)), np.flatnonzero(np.diff(slices) != 1) + 1) if len(slices) else []
     try:
-        values = np.fromfile(stack.path, dtype, pixels, offset=stack.offset + first * stack.box**2 * dtype.itemsize)
+        with open(stack.path, "rb", buffering=0) as file:
+            for run in runs:
+                file.seek(stack.offset + int(slices[run[0]]) * images[0].nbytes)
+                part = images[run[0] : run[-1] + 1]
+                if _read_into(file, memoryview(part.view(np.uint8)).cast("B")) < part.nbytes:
+                    last = slices[run[-1]] + 1
+                    raise SourceError(f"{stack.path}: became shorter since it was first read: no image {last}")
     except OSError as error:
         raise SourceError(f"{stack.path}: cannot be read any more ({error.strerror or error})") from error
-    if len(values) < pixels:
-        raise SourceError(f"{stack.path}: became shorter since it was first read: no image {first + count}")
-    return values.reshape(count, stack.box, stack.box)
+    return _finite_images(stack, slices, images)
 
 
-def read_slices(stack: Stack, slices: NDArray[np.integer]) -> NDArray[np.float32]:
-    """Images `slices` [n] (from 0), anywhere in a stack, as float32 [n, box, box], through a memory map."""
-    shape = (stack.count, stack.box, stack.box)
-    try:
-        mapped = np.memmap(stack.path, dtype=stack.dtype, mode="r", offset=stack.offset, shape=shape)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{stack.path}: changed since it was first read ({error})") from error
-    return finite_images(stack, slices, np.stack([mapped[index] for index in slices]))
+def announce(stack: Stack, first: int, last: int) -> None:
+    """Let the system read slices `first` to `last` in the background; errors are left to the reading itself."""
+    image_bytes = stack.box**2 * np.dtype(stack.dtype).itemsize
+    with suppress(OSError, AttributeError), open(stack.path, "rb", buffering=0) as file:  # no such call on a Mac
+        os.posix_fadvise(
+            file.fileno(), stack.offset + first * image_bytes, (last + 1 - first) * image_bytes, os.POSIX_FADV_WILLNEED
+        )
 
 
-def finite_images(stack: Stack, slices: ArrayLike, images: NDArray[np.generic]) -> NDArray[np.float32]:
+def _read_into(file: FileIO, buffer: memoryview) -> int:
+    """Bytes read; less than the buffer holds only at the end of the file (one call reads at most 2 GiB)."""
+    done = 0
+    while done < len(buffer) and (count := file.readinto(buffer[done:])):
+        done += count
+    return done
+
+
+def _finite_images(stack: Stack, slices: ArrayLike, images: NDArray[np.generic]) -> NDArray[np.float32]:
     """`images` [n, box, box], read from `slices` [n] of a stack, as float32; refused where one has NaN or infinities."""
-    values = images.astype(np.float32)
+    values = images.astype(np.float32, copy=False)
     # A sum is finite unless a pixel is not (or pixels near the end of the range add up to more than it holds).
     with np.errstate(over="ignore", invalid="ignore"):
         suspect = np.flatnonzero(~np.isfinite(values.sum(axis=(1, 2))))

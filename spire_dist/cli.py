@@ -94,35 +94,57 @@ def simulate(
 
 @app.command()
 def prep(
-    source: Annotated[Path, typer.Argument(help="RELION .star (3.0, 3.1 and later) or cryoSPARC .cs.")],
+    source: Annotated[
+        Path, typer.Argument(help="RELION .star, cryoSPARC .cs or .csg, a .txt list of stacks or one stack.")
+    ],
     store: Annotated[Path, typer.Argument(help="Store to make, or to finish where an earlier call was cut off.")],
     box: Annotated[int | None, typer.Option(help="px; Fourier-crop the images to this side.")] = None,
     datadir: Annotated[Path | None, typer.Option(help="Folder the stacks' paths start from.")] = None,
+    strip_prefix: Annotated[
+        str | None, typer.Option(help="What to leave out at the beginning of the stacks' names.")
+    ] = None,
+    passthrough: Annotated[
+        list[Path] | None, typer.Option(help="cryoSPARC .cs with further columns, joined by uid; repeatable.")
+    ] = None,
     sign: Annotated[str, typer.Option(help="+ protein bright in the input, - dark, auto: find out.")] = "auto",
     radius_a: Annotated[
         float | None, typer.Option(help="Å; particle radius, outside it is background [0.4 of the side].")
     ] = None,
     pixel_size: Annotated[float | None, typer.Option(help="Å/px of the input, where the file does not say.")] = None,
     poses: Annotated[Path | None, typer.Option(help="cryoDRGN pose pickle to use instead of the file's poses.")] = None,
+    ctf: Annotated[Path | None, typer.Option(help="cryoDRGN CTF pickle to use instead of the file's CTFs.")] = None,
     labels: Annotated[Path | None, typer.Option(help="True state of every particle (.npy or .pkl).")] = None,
     no_ctf: Annotated[bool, typer.Option(help="The images are projections without a CTF.")] = False,
     normalise: Annotated[bool, typer.Option(help="Bring every background to mean 0 and deviation 1.")] = True,
     allow_missing_poses: Annotated[bool, typer.Option(help="Make a store to look at, not to train on.")] = False,
     shuffle: Annotated[bool, typer.Option(help="Write particles in a seeded random order.")] = True,
-    dtype: Annotated[str, typer.Option(help="float16 or float32 on disk.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="float16, float32 or compact (8 bits, compressed) on disk.")] = "float16",
     images_per_shard: Annotated[int, typer.Option(help="Images in one file of the store.")] = 4096,
-    workers: Annotated[int | None, typer.Option(help="Threads [one per core].")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
+    only_check_paths: Annotated[bool, typer.Option("--check-paths", help="Only look for the stacks.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what it takes, write nothing.")
+    ] = False,
 ) -> None:
     """Convert particles once into a store that training can stream."""
-    from data_prep.convert import prepare
+    from data_prep.convert import check_paths, prepare
+    from data_prep.plan import Inputs
 
+    if only_check_paths:
+        files = Inputs(
+            particles=source, datadir=datadir, strip_prefix=strip_prefix, passthrough=tuple(passthrough or ())
+        )
+        _end_with(check_paths(files, pixel_size=pixel_size, no_ctf=True), f"{source}: every stack is there")
+        return
     prepare(
-        source, store, box=box, datadir=datadir, sign=sign, radius_a=radius_a, pixel_size=pixel_size, poses=poses,
-        labels=labels, no_ctf=no_ctf, normalise=normalise, allow_missing_poses=allow_missing_poses, shuffle=shuffle,
-        dtype=dtype, images_per_shard=images_per_shard, workers=workers, seed=seed,
+        source, store, box=box, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (), sign=sign,
+        radius_a=radius_a, pixel_size=pixel_size, poses=poses, ctf=ctf, labels=labels, no_ctf=no_ctf, normalise=normalise,
+        allow_missing_poses=allow_missing_poses, shuffle=shuffle, dtype=dtype, images_per_shard=images_per_shard,
+        workers=workers, seed=seed, dry_run=dry_run,
     )  # fmt: skip
-    print(f"{store}: ready; look at it with: spire-dist inspect {store}")
+    if not dry_run:
+        print(f"{store}: ready; look at it with: spire-dist inspect {store}")
 
 
 @app.command()
@@ -144,12 +166,7 @@ def verify(
     """Check a store against its hashes and its source."""
     from data_prep.checks import verify_store
 
-    problems = verify_store(store, source=source)
-    for problem in problems:
-        print(problem)
-    if problems:
-        raise typer.Exit(2)
-    print(f"{store}: good")
+    _end_with(verify_store(store, source=source), f"{store}: good")
 
 
 @app.command()
@@ -263,6 +280,13 @@ def submit(
         sbatch=sbatch or (),
     )  # fmt: skip
     print(job)
+
+
+def _end_with(problems: list[str], good: str) -> None:
+    """Print the problems and leave with exit code 2, or say that all is good."""
+    print("\n".join(problems) or good)
+    if problems:
+        raise typer.Exit(2)
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 from mrcfile.dtypes import HEADER_DTYPE
 
 from data_prep.locate import find_stack
-from data_prep.stacks import finite_images, open_stack, read_run, read_slices
+from data_prep.stacks import open_stack, read_slices
 from spire_dist.errors import SourceError
 
 
@@ -168,31 +168,29 @@ def test_images_that_are_not_square_are_refused(tmp_path, refusal):
 
 
 @pytest.mark.parametrize("dtype", ["i1", "<i2", ">i2", "<u2", "<f2", "<f4", ">f4"])
-def test_a_run_of_neighbours_is_what_mrcfile_reads_in_the_files_own_type(tmp_path, dtype):
-    images = (10 * np.abs(_noise(7, 6))).astype(dtype)
-    stack = open_stack(_written(tmp_path / "a.mrcs", images))
-    run = read_run(stack, 2, 4)
-    assert run.dtype.str == stack.dtype == images.dtype.str
+@pytest.mark.parametrize("slices", [[2, 3, 4, 5], [0], [6, 0, 1, 1, 4, 5], list(range(7)), []])
+def test_slices_in_any_order_are_what_mrcfile_reads(tmp_path, dtype, slices):
+    stack = open_stack(_written(tmp_path / "a.mrcs", (10 * np.abs(_noise(7, 6))).astype(dtype)))
+    found = read_slices(stack, np.array(slices, dtype=int))
+    assert found.dtype == np.float32
     with mrcfile.open(stack.path) as mrc:
-        np.testing.assert_array_equal(run, mrc.data[2:6])
+        np.testing.assert_array_equal(found, mrc.data[slices].astype(np.float32) if slices else np.empty((0, 6, 6)))
 
 
 def test_a_stack_that_was_shortened_or_removed_after_it_was_opened_is_refused(tmp_path, refusal):
     stack = open_stack(_written(tmp_path / "a.mrcs", _noise(4, 8)))
     os.truncate(stack.path, stack.bytes - 1)
-    np.testing.assert_array_equal(read_run(stack, 0, 3), _noise(4, 8)[:3])
-    for read in (lambda: read_run(stack, 2, 2), lambda: read_slices(stack, np.array([0]))):
-        refusal(SourceError, [str(stack.path)], read)
+    np.testing.assert_array_equal(read_slices(stack, np.arange(3)), _noise(4, 8)[:3])
+    refusal(SourceError, [str(stack.path), "image 4"], lambda: read_slices(stack, np.array([2, 3])))
     stack.path.unlink()
-    for read in (lambda: read_run(stack, 0, 1), lambda: read_slices(stack, np.array([0]))):
-        refusal(SourceError, [str(stack.path), "No such file"], read)
+    refusal(SourceError, [str(stack.path), "No such file"], lambda: read_slices(stack, np.array([0])))
 
 
 def test_pixels_so_large_that_their_sum_overflows_are_finite_pixels(tmp_path):
     images = np.full((1, 8, 8), 3e38, dtype=np.float32)
     with np.errstate(over="ignore"):  # mrcfile's own statistics
         stack = open_stack(_written(tmp_path / "a.mrcs", images))
-    np.testing.assert_array_equal(finite_images(stack, [0], read_run(stack, 0, 1)), images)
+    np.testing.assert_array_equal(read_slices(stack, np.array([0])), images)
 
 
 def test_a_pixel_that_is_not_a_number_is_refused_by_image(tmp_path, refusal):
