@@ -3,15 +3,17 @@
     python -m benchmarks.gpu_steps OUT [--device cuda|cpu] [--quick]
 
 Steps are `train_stage` itself on made-up particles and Gaussians of the preset's sizes, by every backend of the projector
-that the device has. Its batches lie on the device, so that the step alone is timed; one row has them made, as in a user's
-run, by the data thread from particles in memory. Methods take turns within a round; medians. Last, operators of the device
-by their share of its time (torch.profiler), and how long the device works in a step: what is missing there is Python's.
+that the device has. Its batches lie on the device, so that the step alone is timed; further rows have them made, as in a
+user's run, by the data thread from particles in memory, of the node and of the GPU. Methods take turns within a round;
+medians. Last, operators of the device by their share of its time (torch.profiler), and how long the device works in a step:
+what is missing there is Python's.
 OUT gets gpu_steps.json and gpu_steps.md. `--device cpu` is there to try the program, not to measure.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -29,11 +31,11 @@ from benchmarks.step import take_turns, train_epochs
 from benchmarks.tables import table, write
 from spire_dist.config import RatesConfig, RunConfig, load_config
 from spire_dist.data.loader import Batch, BatchSource
-from spire_dist.data.order import steps_per_epoch
+from spire_dist.data.order import Order
 from spire_dist.data.store import ParticleStore
 from spire_dist.physics.poses import random_rotations
 from spire_dist.physics.projector import Backend
-from spire_dist.schema import CTF_COLUMNS
+from spire_dist.schema import CTF_COLUMNS, MOST_IMAGES_PER_CHUNK
 from spire_dist.training.train import use_threads
 from spire_dist.training.trainer import Trainee
 
@@ -64,9 +66,13 @@ class OnDevice:
         self.store = SimpleNamespace(count=particles)
         self._batch = batch
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The batch."""
-        return self._batch
+    def order(self, batch: int, seed: int) -> Order:
+        """Of which only the number of steps is asked."""
+        return Order(self.store.count, MOST_IMAGES_PER_CHUNK, batch, seed)
+
+    def training(self, order: Order, first_step: int) -> Iterator[Batch]:
+        """The batch, again and again."""
+        return (self._batch for _ in count())
 
 
 def main(
@@ -80,8 +86,8 @@ def main(
         raise typer.Exit(2)
     config = settle(load_config(None, "cryobench"), quick)
     machine = describe_machine(use_threads(config, BOX, torch.device(device)))
-    source = make_source(16 if quick else PARTICLES)
-    work = partial(measure, config, source, torch.device(device), (8,) if quick else LARGER, 1 if quick else ROUNDS)
+    sources = make_sources(16 if quick else PARTICLES, torch.device(device))
+    work = partial(measure, config, sources, torch.device(device), (8,) if quick else LARGER, 1 if quick else ROUNDS)
     gpu = describe_gpu() if device == "cuda" else None
     result = {"machine": machine, "gpu": gpu, "stages": [work(stage) for stage in TARGETS]}
     text = list(lines(result))
@@ -98,24 +104,31 @@ def settle(config: RunConfig, quick: bool) -> RunConfig:
     return config.model_copy(update=stages)
 
 
-def make_source(particles: int) -> BatchSource:
-    """Particles of white noise in memory, at random poses."""
-    noise = np.random.default_rng(0).standard_normal((particles, BOX, BOX), dtype=np.float32)
+def make_sources(particles: int, device: torch.device) -> dict[str, BatchSource]:
+    """Particles of white noise at random poses, by whose memory they are in."""
+    noise = np.random.default_rng(0).standard_normal((particles, BOX, BOX), dtype=np.float32).astype(np.float16)
     store = SimpleNamespace(
-        count=particles, box=BOX, pixel_size=3.0, shifts=np.zeros((particles, 2), np.float32), read=lambda rows: noise[rows],
-        rotations=random_rotations(particles, seed=0).astype(np.float32),
+        count=particles, box=BOX, pixel_size=3.0, images_per_chunk=MOST_IMAGES_PER_CHUNK, scale=None,
+        shifts=np.zeros((particles, 2), np.float32), rotations=random_rotations(particles, seed=0).astype(np.float32),
         ctf=np.tile(np.array([CTF_ROW.get(name, 0) for name in CTF_COLUMNS], np.float32), (particles, 1)),
     )  # fmt: skip
-    return BatchSource(cast(ParticleStore, store), noise.nbytes / 2**30)
+    places = {"the node": noise} | ({"the GPU": torch.from_numpy(noise).to(device)} if device.type == "cuda" else {})
+    return {place: BatchSource(cast(ParticleStore, store), images, device) for place, images in places.items()}
 
 
 # ---- measurements
 
 
 def measure(
-    config: RunConfig, source: BatchSource, device: torch.device, larger: tuple[int, ...], rounds: int, stage: int
+    config: RunConfig,
+    sources: dict[str, BatchSource],
+    device: torch.device,
+    larger: tuple[int, ...],
+    rounds: int,
+    stage: int,
 ) -> dict:
     """Speeds and memory by images of a step and by backend, the dense reference and the data thread once; the profile."""
+    source = next(iter(sources.values()))
     settings, particles = config.stage1 if stage == 1 else config.stage2, source.store.count
     trainee = make_trainee(config, stage, particles, device, WIDTHS_PX[stage])
     for name, parameter in trainee.mixture.named_parameters():
@@ -124,18 +137,19 @@ def measure(
     backends: list[Backend] = ["triton", "triton-dense"] if device.type == "cuda" else ["numba"]
     cases, profiled = [], []
     for images in (settings.batch, *larger):
-        on_device = cast(BatchSource, OnDevice(source.batch(np.arange(images)).to(device), particles))
+        on_device = cast(BatchSource, OnDevice(next(source.training(source.order(images, 0))), particles))
         epochs = math.ceil(STEPS * images / particles)
         go_on = partial(timed, trainee, config, images, epochs)
         ways = {f"{images} images, {name}": go_on(name, on_device) for name in backends}
         first = next(iter(ways))
         if images == settings.batch:
             ways[f"{images} images, torch"] = go_on("torch", on_device)
-            ways[f"{first}, fed by the data thread"] = go_on(backends[0], source)
+            for place, fed in sources.items():
+                ways[f"{first}, fed from memory of {place}"] = go_on(backends[0], fed)
         memory = {name: peak_mib(run, device) for name, run in ways.items()}  # and warms up
         rates = take_turns(ways, rounds)
         cases += [{"name": n, "images": images, "images_per_s": rates[n], "peak_mib": memory[n]} for n in ways]
-        profiled = profiled or kernels(ways[first], epochs * steps_per_epoch(particles, images), device)
+        profiled = profiled or kernels(ways[first], epochs * source.order(images, 0).steps_per_epoch, device)
     return {
         "stage": stage,
         "gaussians": settings.gaussians,

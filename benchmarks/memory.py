@@ -101,7 +101,7 @@ def training_step(images: int, gaussians: int) -> Callable[[], None]:
     trainee.optimisers[0].zero_grad()
     rotations = torch.from_numpy(random_rotations(images, seed=0).astype(np.float32))
     observed, ctf = torch.fft.rfft2(torch.randn(images, BOX, BOX)), torch.ones(images, BOX, BOX // 2 + 1)
-    batch = Batch(torch.arange(images), observed, ctf, rotations, torch.zeros(images, 2))
+    batch = Batch(torch.arange(images), observed, ctf, rotations, torch.zeros(images, 2), total=images)
 
     def step() -> None:
         objective, _ = batch_loss(trainee, batch, config, config.stage2, False, images)

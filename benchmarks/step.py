@@ -28,14 +28,13 @@ from benchmarks.machine import describe_machine, machine_line
 from benchmarks.tables import table, write
 from spire_dist.config import HierarchyConfig, PartsConfig, RunConfig, StageConfig
 from spire_dist.data.loader import BatchSource
-from spire_dist.data.order import steps_per_epoch
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.model.latents import LatentTable, build_latents
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
 from spire_dist.training.stages import find_parts, seed_coarse, seed_hierarchy
-from spire_dist.training.train import SAMPLE_IMAGES, all_latents, use_threads
+from spire_dist.training.train import SAMPLE_IMAGES, all_latents, open_source, use_threads
 from spire_dist.training.trainer import Trainee, build_optimisers, train_stage
 
 PAPER = RunConfig(stage1=StageConfig(gaussians=2048, layers=1, hidden=32))
@@ -64,7 +63,7 @@ def main(
     machine = describe_machine(threads)
     peer_name = peer.versions(peer_python) if peer_python else None
     data, store = make_set(out, model, ctf_table, *((2, 128) if quick else (20, 5000)))
-    source = BatchSource(ParticleStore.open(store), SMALL.data.resident_gib)
+    source = open_source(SMALL, ParticleStore.open(store), torch.device("cpu"))
     timed: dict[str, Callable[[], float]] = {}
     if peer_python and peer_name:
         timed[peer_name] = partial(peer.images_per_s, peer_python, data, peer_images, out / "peer", threads)
@@ -112,7 +111,7 @@ def begin(source: BatchSource, epochs: int) -> dict[str, tuple[Trainee, RunConfi
 def train_epochs(trainee: Trainee, config: RunConfig, source: BatchSource, epochs: int) -> float:
     """Go on for some epochs; images/s as the run's own log counts them."""
     stage = config.stage1 if trainee.stage == 1 else config.stage2
-    end = trainee.step / steps_per_epoch(source.store.count, stage.batch) + epochs
+    end = trainee.step / source.order(stage.batch, config.seed).steps_per_epoch + epochs
     with TemporaryDirectory() as folder, StopFlag() as stop:
         never = math.inf  # but at the end
         log = RunLog(Path(folder), never, torch.device("cpu"), (trainee.stage, trainee.step))

@@ -35,7 +35,7 @@ epochs = 20
     spire-dist train my.toml --run run --preset cryobench --set stage2.batch=32 --set latent.kind=encoder
 
 Later beats earlier: the defaults below, a preset, the file, `--store`, `--set`. The result is kept as `config.toml` in the
-run directory. A run that is continued must have the same values, except {free} and `data.resident_gib`.
+run directory. A run that is continued must have the same values, except {free}.
 """
 PRESETS = """\
 ## Presets

@@ -26,8 +26,13 @@ class DataConfig(Section):
 
     store: Path = Path("particles.zarr")
     """Particle store written by `spire-dist prep`."""
-    resident_gib: float = Field(default=4.0, ge=0)
-    """GiB; a set smaller than this is kept in memory, a larger one is streamed from the store."""
+    resident: Literal["auto", "never", "always"] = "auto"
+    """Whether all images are kept in memory: by default where they take up to a quarter of what is free on the GPU, or of a
+    rank's share of what is free on the node; else they are streamed from the store."""
+    loader: Literal["local", "ray"] = "local"
+    """Who reads what is streamed: this process and its `workers`, or reader actors of a Ray cluster; the same batches."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that read for one rank; 0: a thread of its own process. By default a GPU gets 2, a CPU the thread."""
 
 
 class ConsensusConfig(Section):

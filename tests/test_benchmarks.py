@@ -98,7 +98,7 @@ def test_gpu_steps_try_on_a_cpu_times_every_way_and_profiles_the_first(tmp_path:
     printed = run_benchmark("gpu_steps", tmp_path, "--device", "cpu", "--quick")
     assert (tmp_path / "gpu_steps.md").read_text() in printed
     result = json.loads((tmp_path / "gpu_steps.json").read_text())
-    ways = ["4 images, numba", "4 images, torch", "4 images, numba, fed by the data thread", "8 images, numba"]
+    ways = ["4 images, numba", "4 images, torch", "4 images, numba, fed from memory of the node", "8 images, numba"]
     for stage, target in zip(result["stages"], (20_000, 8_000), strict=True):
         assert [case["name"] for case in stage["cases"]] == ways
         speed = stage["cases"][0]["images_per_s"][0]

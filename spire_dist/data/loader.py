@@ -1,22 +1,32 @@
-"""Batches ready to train on: images and CTFs as transforms, made one step ahead of the trainer in a thread."""
+"""Batches ready to train on: images and CTFs as transforms, made ahead of the trainer in a thread.
+
+Images come from memory (`resident.py`) or block by block from the store (`blocks.py`), in the sequence of `order.py`; what a
+batch holds does not depend on which. Called by training, by the consensus map and by benchmarks.
+"""
 
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spire_dist.data.order import batches
+from spire_dist.data.blocks import Blocks, local_blocks
+from spire_dist.data.order import NOTHING, Order
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import StoreError
 from spire_dist.physics.ctf import contrast_transfer, frequency_grid
 
 READ_AHEAD = 2
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,72 +38,115 @@ class Batch:
     ctf: Tensor
     rotations: Tensor
     shifts_px: Tensor
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        moved = (
-            t.to(device, non_blocking=True) for t in (self.rows, self.images, self.ctf, self.rotations, self.shifts_px)
-        )
-        return Batch(*moved)
+    total: int
+    """Particles in the whole step, of all ranks: what a sum over them is divided by."""
 
 
 class BatchSource:
-    """Turns rows of a store into batches; keeps the images in memory when they take less than `resident_gib`."""
+    """Turns particles of a store into batches. `resident` are all its images as stored, where they are in memory."""
 
-    def __init__(self, store: ParticleStore, resident_gib: float) -> None:
+    def __init__(
+        self,
+        store: ParticleStore,
+        resident: NDArray[Any] | Tensor | None = None,
+        device: torch.device = CPU,
+        blocks: Blocks | None = None,
+    ) -> None:
         self.store = store
-        self.rotations = torch.from_numpy(store.rotations)
-        self.shifts_px = torch.from_numpy(store.shifts) / store.pixel_size
-        self.ctf_parameters = torch.from_numpy(store.ctf)
-        self.grid = frequency_grid(store.box, store.pixel_size)
-        self.resident: Tensor | None = None
-        if store.count * store.box**2 * 4 <= resident_gib * 2**30:
-            self.resident = torch.from_numpy(store.read(np.arange(store.count)))
+        self.resident = resident
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+        self._blocks = blocks or partial(local_blocks, store, 0)
+
+    def order(self, batch: int, seed: int) -> Order:
+        """The order of training in batches of so many images, of all ranks together."""
+        return Order(self.store.count, self.store.images_per_chunk, batch, seed)
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
-        """The particles `rows` [B], in that order. Raises StoreError for an image with pixels that are not finite."""
-        index = torch.from_numpy(rows)
-        images = self.resident[index] if self.resident is not None else torch.from_numpy(self.store.read(rows))
-        transforms = torch.fft.rfft2(images)
-        finite = torch.isfinite(transforms[:, 0, 0].real)  # the sum of an image's pixels
-        if not finite.all():
-            bad = (self.store.source_index[rows[~finite.numpy()]] + 1).tolist()
-            raise StoreError(
-                f"{self.store.path}: pixels that are not finite numbers in the image of row {', '.join(map(str, bad[:8]))} "
-                "of the input; `spire-dist verify` checks the store, prep makes it again"
-            )
-        ctf = contrast_transfer(self.ctf_parameters[index], *self.grid)
-        return Batch(index, transforms, ctf, self.rotations[index], self.shifts_px[index])
+        """The particles `rows` [B] in that order, on the CPU. Raises StoreError for pixels that are not finite."""
+        images = self.resident[rows] if isinstance(self.resident, np.ndarray) else self.store.stored(rows)
+        return self._batch(torch.from_numpy(images), rows, len(rows), CPU)
 
-    def sequence(self, batch: int) -> Iterator[Batch]:
-        """All particles once, in store order."""
+    def sequence(self, batch: int) -> Generator[Batch]:
+        """All particles once, in store order, on the CPU."""
         for start in range(0, self.store.count, batch):
             yield self.batch(np.arange(start, min(start + batch, self.store.count)))
 
+    def training(self, order: Order, first_step: int = 0, rank: int = 0, world: int = 1) -> Generator[Batch]:
+        """A rank's share of step `first_step`, of the next one, ... without end, on the device.
+
+        A short step has fewer particles, perhaps none for a rank. Raises StoreError for pixels that are not finite.
+        """
+        first = order.block_of(first_step)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread
+        with closing(self._blocks(order, rank, world, first)) as blocks:
+            for block in count(first):
+                portion = order.portion(block, rank, world)
+                if self.resident is None:
+                    images, places = next(blocks), portion.index
+                else:
+                    images, places = self.resident, portion.rows
+                for step in range(max(0, first_step - portion.first_step), len(portion.index)):
+                    real = portion.index[step] != NOTHING
+                    taken = _taken(images, places[step][real])
+                    yield self._batch(taken, portion.rows[step][real], int(portion.totals[step]), self.device)
+
+    def _batch(self, images: Tensor, rows: NDArray[np.int64], total: int, device: torch.device) -> Batch:
+        """Images [B, D, D] as stored, of the particles `rows`, made a batch by the device itself."""
+        store = self.store
+        if images.device.type == "cpu":
+            refuse_not_finite(store, images, rows)
+        pixels = _moved(images, device).float()
+        if store.scale is not None:
+            pixels *= _moved(store.scale[rows], device)[:, None, None]
+        grid = _grid(store.box, store.pixel_size, device)
+        return Batch(
+            rows=_moved(rows, device),
+            images=torch.fft.rfft2(pixels) if len(rows) else pixels[..., : len(grid[0][0])] + 0j,
+            ctf=contrast_transfer(_moved(store.ctf[rows], device), *grid),
+            rotations=_moved(store.rotations[rows], device),
+            shifts_px=_moved(store.shifts[rows], device) / store.pixel_size,
+            total=total,
+        )
+
+
+def refuse_not_finite(store: ParticleStore, images: Tensor, rows: NDArray[np.int64]) -> None:
+    """Raise StoreError, naming their rows in the input, where images [B, D, D] as stored have pixels that are not numbers."""
+    sums = torch.from_numpy(store.scale[rows]) if store.scale is not None else images.float().sum((1, 2))
+    finite = torch.isfinite(sums).numpy()
+    if not finite.all():
+        bad = (store.source_index[rows[~finite]] + 1).tolist()
+        raise StoreError(
+            f"{store.path}: pixels that are not finite numbers in the image of row {', '.join(map(str, bad[:8]))} "
+            "of the input; `spire-dist verify` checks the store, prep makes it again"
+        )
+
 
 class Prefetcher:
-    """Endless training batches from `first_step` on; `waited_s` is the time the trainer stood waiting for data."""
+    """Batches made ahead in a thread; `waited_s` is the time the trainer stood waiting for data."""
 
-    def __init__(self, source: BatchSource, batch: int, seed: int, first_step: int = 0) -> None:
+    def __init__(self, batches: Generator[Batch]) -> None:
         self.waited_s = 0.0
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=READ_AHEAD)
         self._closed = threading.Event()
-        rows = batches(source.store.count, batch, seed, first_step)
-        self._thread = threading.Thread(target=self._fill, args=(source.batch, rows), daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True)
         self._thread.start()
 
-    def _fill(self, make: Callable[[NDArray[np.int64]], Batch], rows: Iterator[NDArray[np.int64]]) -> None:
-        while not self._closed.is_set():
-            try:
-                item: Batch | BaseException = make(next(rows))
-            except BaseException as error:  # handed to the trainer, which raises it
-                item = error
+    def _fill(self, batches: Generator[Batch]) -> None:
+        with closing(batches):
             while not self._closed.is_set():
                 try:
-                    self._queue.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
+                    item: Batch | BaseException = next(batches)
+                except BaseException as error:  # handed to the trainer, which raises it
+                    item = error
+                while not self._closed.is_set():
+                    try:
+                        self._queue.put(item, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+                if isinstance(item, BaseException):
+                    return
 
     def next(self) -> Batch:
         """The next batch; raises what went wrong while reading it."""
@@ -105,6 +158,26 @@ class Prefetcher:
         return item
 
     def close(self) -> None:
-        """End the reading thread."""
+        """End the reading thread, and the processes it started."""
         self._closed.set()
         self._thread.join()
+
+
+def _taken(images: NDArray[Any] | Tensor, places: NDArray[np.int64]) -> Tensor:
+    """Some of the images, where they are; numpy copies them five times as fast as torch where they are float16."""
+    if isinstance(images, Tensor):
+        return images[torch.from_numpy(places).to(images.device)]
+    return torch.from_numpy(images.take(places, axis=0))
+
+
+def _moved(array: NDArray[Any] | Tensor, device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    tensor = array if isinstance(array, Tensor) else torch.from_numpy(array)
+    if device.type == "cpu" or tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=2)
+def _grid(box: int, pixel_size: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    return frequency_grid(box, pixel_size, device)

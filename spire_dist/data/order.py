@@ -1,43 +1,141 @@
-"""The order in which particles are seen: a pure function of (count, batch, seed, step), so that resuming needs one number.
+"""The order in which particles are seen: a pure function of (count, chunk, batch, seed) and the step, the same for any
+number of ranks and reading processes. Called by the loader, by readers of blocks and by the trainer.
 
-Chunks of the store are shuffled, then the particles within groups of chunks: a batch needs only one group's chunks, and
-the particles of a group lie at random anyway, since `prep` writes them in a seeded permutation.
+The store's chunks are dealt anew in every epoch to V virtual readers, in blocks of one chunk per reader; every reader
+shuffles its images of the block, and each step takes as many images from each of them. So a batch is drawn from V chunks,
+a chunk is read once, and a rank serves the readers r V / W and on, without knowing of the others. The last block of an epoch
+is what remains, cut into V equal runs; the step that is short is the epoch's last. (Virtual readers are what MosaicML's
+streaming calls canonical nodes.)
 """
 
-import math
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spire_dist.schema import IMAGES_PER_CHUNK
+from spire_dist.errors import ConfigError
 
-CHUNKS_PER_GROUP = 16
-
-
-def steps_per_epoch(count: int, batch: int) -> int:
-    """Batches in one pass; the last one may be short, no particle is left out or repeated."""
-    return math.ceil(count / batch)
+MOST_READERS = 64
+NOTHING = -1
+"""Stands in the place of an image that a short step lacks."""
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Every row 0..count-1 exactly once, [count]."""
-    rng = np.random.default_rng((seed, epoch))
-    starts = rng.permutation(np.arange(0, count, IMAGES_PER_CHUNK))
-    groups = []
-    for first in range(0, len(starts), CHUNKS_PER_GROUP):
-        chunks = starts[first : first + CHUNKS_PER_GROUP]
-        rows = np.concatenate([np.arange(start, min(start + IMAGES_PER_CHUNK, count)) for start in chunks])
-        groups.append(rng.permutation(rows))
-    return np.concatenate(groups) if groups else np.empty(0, dtype=np.int64)
+@dataclass(frozen=True)
+class Portion:
+    """What one rank reads for one block, and how it becomes that rank's share of the block's S steps."""
+
+    first_step: int
+    """Step, counted from the start of training, of the first row of `index`."""
+    runs: NDArray[np.int64]
+    """[R, 2]: first row of the store and number of rows, each within a chunk; to be read in this order."""
+    index: NDArray[np.int64]
+    """[S, batch / world]: places among the images read, or NOTHING."""
+    totals: NDArray[np.int64]
+    """[S]: particles in the step, of all ranks together."""
+
+    @property
+    def size(self) -> int:
+        """Images to read."""
+        return int(self.runs[:, 1].sum())
+
+    @cached_property
+    def rows(self) -> NDArray[np.int64]:
+        """[S, batch / world]: rows of the store, or NOTHING."""
+        read = [np.arange(first, first + count) for first, count in self.runs]
+        return np.concatenate([*read, [NOTHING]])[self.index]  # the last one stands where the index is -1
 
 
-def batches(count: int, batch: int, seed: int, first_step: int = 0) -> Iterator[NDArray[np.int64]]:
-    """Rows of step `first_step`, `first_step + 1`, ... without end."""
-    per_epoch = steps_per_epoch(count, batch)
-    step = first_step
-    while True:
-        order = epoch_order(count, seed, step // per_epoch)
-        for index in range(step % per_epoch, per_epoch):
-            yield order[index * batch : (index + 1) * batch]
-            step += 1
+@dataclass(frozen=True)
+class Order:
+    """The order of `count` particles in batches of `batch`, without end; steps are counted from 0 through all epochs."""
+
+    count: int
+    images_per_chunk: int
+    batch: int
+    seed: int
+
+    @cached_property
+    def readers(self) -> int:
+        """V, virtual readers: the largest divisor of the batch up to 64."""
+        return next(n for n in range(min(self.batch, MOST_READERS), 0, -1) if self.batch % n == 0)
+
+    @cached_property
+    def block_images(self) -> int:
+        """Images of a whole block: the fewest chunks per reader (one for common batches) that make whole steps."""
+        return self.readers * int(np.lcm(self.images_per_chunk, self.batch // self.readers))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass; the last one may be short, no particle is left out or repeated."""
+        return -(-self.count // self.batch)
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        """Blocks in one pass; the last one may be short."""
+        return -(-self.count // self.block_images)
+
+    def block_of(self, step: int) -> int:
+        """Number, from 0 through all epochs, of the block that holds a step."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch * self.blocks_per_epoch + within * self.batch // self.block_images
+
+    def portion(self, block: int, rank: int = 0, world: int = 1) -> Portion:
+        """What rank `rank` of `world` reads for a block. Raises ConfigError where the readers cannot be shared equally."""
+        self._refuse_unequal_shares(world)
+        epoch, number = divmod(block, self.blocks_per_epoch)
+        first = number * self.block_images
+        size = min(self.block_images, self.count - first)
+        steps, taken = -(-size // self.batch), self.batch // self.readers
+        # Reader v has the block's images cuts[v] to cuts[v + 1]: whole chunks, or equal runs (±1) of what remains.
+        cuts = np.arange(self.readers + 1) * size // self.readers
+        mine = slice(rank * self.readers // world, (rank + 1) * self.readers // world)
+        starts, lengths = cuts[:-1], np.diff(cuts)
+        places = np.arange(steps * taken)
+        rng = np.random.default_rng((self.seed, epoch, number + 1))  # a 0 there would be the chunks' generator
+        keys = rng.random((self.readers, len(places)))[mine]
+        keys[places >= lengths[mine, None]] = np.inf
+        shuffled = (starts[mine] - starts[mine][0])[:, None] + np.argsort(keys, axis=1, kind="stable")
+        shuffled[places >= lengths[mine, None]] = NOTHING
+        index = shuffled.reshape(-1, steps, taken).swapaxes(0, 1).reshape(steps, -1)
+        return Portion(
+            first_step=epoch * self.steps_per_epoch + first // self.batch,
+            runs=self._runs(epoch, first + int(cuts[mine][0]), first + int(cuts[mine.stop])),
+            index=index,
+            totals=np.minimum(self.batch, size - np.arange(steps) * self.batch),
+        )
+
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
+        """Rows of the store [batch / world] that a rank sees at a step; NOTHING where the last step of an epoch is short.
+
+        Ranks one after the other give what one rank alone sees.
+        """
+        portion = self.portion(self.block_of(step), rank, world)
+        return portion.rows[step - portion.first_step]
+
+    def _runs(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Images `start` to `stop` of an epoch's sequence of chunks, as (first row, number of rows) within chunks."""
+        size = self.images_per_chunk
+        places = np.arange(start // size, -(-stop // size) if stop > start else start // size)
+        begin, end = np.maximum(places * size, start), np.minimum((places + 1) * size, stop)
+        chunks = _chunk_order(-(-self.count // size), self.count // size, self.seed, epoch)[places]
+        return np.stack([chunks * size + begin % size, end - begin], axis=1)
+
+    def _refuse_unequal_shares(self, world: int) -> None:
+        if world > MOST_READERS:
+            raise ConfigError(f"{world} ranks: at most {MOST_READERS} can share the particles of a batch")
+        if self.readers % world:
+            near = (batch for by in count(1) for batch in (self.batch + by, self.batch - by) if batch > 0)
+            works = next(batch for batch in near if replace(self, batch=batch).readers % world == 0)
+            raise ConfigError(
+                f"batch = {self.batch}: its images come from {self.readers} readers, which {world} ranks cannot share equally; "
+                f"a batch of {works} works"
+            )
+
+
+@lru_cache(maxsize=2)
+def _chunk_order(chunks: int, full: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """All chunks in an epoch's order; one that is short comes last."""
+    order = np.random.default_rng((seed, epoch)).permutation(full)
+    return np.concatenate([order, np.arange(full, chunks)])

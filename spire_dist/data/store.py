@@ -1,17 +1,18 @@
-"""Reads a particle store (`spire_dist.schema`): pose, CTF and labels in memory, images from disk on request.
+"""Reads a particle store (`spire_dist.schema`): poses, CTF and labels mapped into memory, images read on request.
 
-Called by the loader, evaluation, export and `data_prep.checks`; imports neither torch nor anything that writes a store.
+Called by the loader, evaluation, export and `data_prep.checks`; needs neither torch nor zarr, so that a process that only
+reads blocks starts at once and stays small.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import ArrayLike, NDArray
 
+from spire_dist.data.shards import Shards
 from spire_dist.errors import StoreError
 from spire_dist.schema import ARRAYS, CTF_COLUMNS, MANIFEST_NAME, OPTIONAL_ARRAYS, SCHEMA_VERSION
 
@@ -21,7 +22,10 @@ SHARDS = "images/c/"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ParticleStore:
-    """A finished store of N particles; rows are in store order, `source_index` leads back to the input's rows."""
+    """A finished store of N particles; rows are in store order, `source` and `source_index` lead back to the input's.
+
+    The tables are views of their files: a million particles cost no memory until they are looked at.
+    """
 
     path: Path
     box: int
@@ -30,6 +34,10 @@ class ParticleStore:
     """Å/px."""
     count: int
     """N."""
+    images: Shards
+    """[N, D, D] as stored: float16, float32, or int8 to be multiplied by `scale`."""
+    scale: NDArray[np.float32] | None
+    """[N], what the 8-bit images of a compact store are multiplied by."""
     rotations: NDArray[np.float32]
     """[N, 3, 3], r_image = R @ r_volume; identities where `has_poses` is false."""
     shifts: NDArray[np.float32]
@@ -41,13 +49,13 @@ class ParticleStore:
     source: NDArray[np.int32]
     """[N], index into `sources`."""
     source_index: NDArray[np.int64]
-    """[N], row of the particle in its particle file, from 0; shared by the tilts of one particle."""
+    """[N], row of the particle in that file, from 0; shared by the tilts of one particle."""
     stack: NDArray[np.int32]
-    """[N], entry of stacks.json."""
+    """[N], entry of `stacks.json`."""
     slice: NDArray[np.int32]
     """[N], image in that stack, from 0."""
-    scale: NDArray[np.float32] | None
-    """[N], what the 8-bit images of a compact store are multiplied by."""
+    input_pixel_size: NDArray[np.float64]
+    """[N], Å/px of the image in that stack."""
     uid: NDArray[np.uint64] | None
     """[N], cryoSPARC's number of each particle."""
     label: NDArray[np.int32] | None
@@ -56,10 +64,6 @@ class ParticleStore:
     """What prep recorded: options, inputs, sign, normalisation, optics groups."""
     fingerprint: str
     """Changes when an image, pose, CTF or the pixel size does; not when the store or its input is moved."""
-    images_per_shard: int
-    images_per_chunk: int
-    image_dtype: str
-    """float16, float32 or int8, on disk."""
 
     @classmethod
     def open(cls, path: str | Path) -> "ParticleStore":
@@ -69,36 +73,45 @@ class ParticleStore:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        for name, entry in manifest["files"].items():  # zarr would take a missing piece of a table for zeros
+        for name, entry in manifest["files"].items():  # a missing piece of a table would be taken for zeros
             if not name.startswith(SHARDS) and not _has_size(path / name, entry["bytes"]):
                 raise StoreError(f"{path / name}: missing or damaged; `spire-dist verify` checks the whole store")
         try:
-            group = zarr.open_group(path, mode="r")
-            return cls._from_group(path, group, manifest["fingerprint"])
-        except (KeyError, OSError, TypeError, ValueError) as error:
+            attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+            if tuple(attributes["ctf_columns"]) != CTF_COLUMNS:
+                raise ValueError(f"CTF columns {attributes['ctf_columns']}, expected {list(CTF_COLUMNS)}")
+            images = Shards.open(path / "images")
+            tables: dict[str, Any] = {name: map_table(path, name) for name in ARRAYS if name != "images"}
+            for name in OPTIONAL_ARRAYS:
+                tables[name] = map_table(path, name) if (path / name).exists() else None
+            return cls(
+                path=path,
+                box=images.box,
+                pixel_size=float(attributes["pixel_size_a"]),
+                count=images.count,
+                images=images,
+                attributes=attributes,
+                fingerprint=manifest["fingerprint"],
+                **tables,
+            )
+        except (KeyError, TypeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise StoreError(f"{path}: damaged ({reason}); `spire-dist verify` checks the whole store") from error
 
-    @classmethod
-    def _from_group(cls, path: Path, group: zarr.Group, fingerprint: str) -> "ParticleStore":
-        attributes: dict[str, Any] = group.attrs.asdict()
-        if tuple(attributes["ctf_columns"]) != CTF_COLUMNS:
-            raise ValueError(f"CTF columns {attributes['ctf_columns']}, expected {list(CTF_COLUMNS)}")
-        images = _array(group, "images")
-        count, box, _ = images.shape
-        return cls(
-            path=path,
-            box=box,
-            pixel_size=float(attributes["pixel_size_a"]),
-            count=count,
-            **{name: map_table(path, name) for name in ARRAYS if name not in ("images", "input_pixel_size")},
-            **{name: map_table(path, name) if name in group else None for name in OPTIONAL_ARRAYS},
-            attributes=attributes,
-            fingerprint=fingerprint,
-            images_per_shard=(images.shards or images.chunks)[0],
-            images_per_chunk=images.chunks[0],
-            image_dtype=str(images.dtype),
-        )
+    @property
+    def image_dtype(self) -> str:
+        """float16, float32 or int8, on disk."""
+        return str(self.images.dtype)
+
+    @property
+    def images_per_chunk(self) -> int:
+        """The unit of reading."""
+        return self.images.images_per_chunk
+
+    @property
+    def images_per_shard(self) -> int:
+        """Images in one file."""
+        return self.images.images_per_shard
 
     @property
     def sources(self) -> list[Path]:
@@ -113,51 +126,32 @@ class ParticleStore:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, rows: ArrayLike) -> NDArray[np.float32]:
-        """Images of `rows` (any order, repeats allowed) as float32 [len(rows), D, D].
+    def stored(self, rows: ArrayLike) -> NDArray[Any]:
+        """Images of `rows` (any order, repeats allowed) [len(rows), D, D] as they are on disk.
 
-        Neighbouring rows are read in one piece, so a batch made of whole chunks costs one read per chunk. Shards are
-        not compressed, so their bytes are read in place: far faster for scattered rows than an array library.
+        Neighbouring rows are read in one piece, so a batch made of whole chunks costs one read per chunk.
         """
         rows = np.asarray(rows, dtype=np.int64).reshape(-1)
-        images = np.empty((rows.size, self.box, self.box), dtype=np.float32)
+        images = np.empty((rows.size, self.box, self.box), self.images.dtype)
         if rows.size == 0:
             return images
         if rows.min() < 0 or rows.max() >= self.count:
             raise IndexError(f"{self.path}: rows {rows.min()}..{rows.max()} asked of {self.count} particles")
         order = np.argsort(rows, kind="stable")
-        shards = rows[order] // self.images_per_shard
-        for positions in np.split(order, np.flatnonzero(np.diff(shards)) + 1):
-            self._read_shard(rows[positions], images, positions)
+        images[order] = self.images.read(runs_of(rows[order], self.images_per_chunk))
         return images
 
-    def shard_path(self, shard: int) -> Path:
-        """File of the shard that holds rows `shard * images_per_shard` and on."""
-        return self.path / "images" / "c" / str(shard) / "0" / "0"
+    def read(self, rows: ArrayLike) -> NDArray[np.float32]:
+        """Images of `rows` (any order, repeats allowed) as float32 [len(rows), D, D]."""
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1)
+        images = self.stored(rows).astype(np.float32)
+        return images if self.scale is None else images * self.scale[rows, None, None]
 
-    def _read_shard(self, rows: NDArray[np.int64], images: NDArray[np.float32], positions: NDArray[np.int64]) -> None:
-        """Fill `images[positions]` with `rows`, ascending and all of one shard."""
-        path = self.shard_path(int(rows[0]) // self.images_per_shard)
-        dtype = np.dtype(self.image_dtype).newbyteorder("<")
-        pixels = self.box * self.box
-        try:
-            with open(path, "rb") as file:
-                offsets = self._chunk_offsets(file)
-                # A run is a stretch of consecutive rows within one chunk.
-                new_run = (np.diff(rows) != 1) | (rows[1:] % self.images_per_chunk == 0)
-                for run in np.split(np.arange(rows.size), np.flatnonzero(new_run) + 1):
-                    chunk, within = divmod(int(rows[run[0]]) % self.images_per_shard, self.images_per_chunk)
-                    file.seek(int(offsets[chunk]) + within * pixels * dtype.itemsize)
-                    values = np.fromfile(file, dtype=dtype, count=run.size * pixels)
-                    images[positions[run]] = values.reshape(run.size, self.box, self.box)
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path}: damaged shard ({error}); `spire-dist verify` checks the whole store") from error
 
-    def _chunk_offsets(self, shard: BinaryIO) -> NDArray[np.uint64]:
-        """Where each chunk of a shard starts (Zarr 3 sharding: the file ends with u64 pairs and a crc)."""
-        chunks = self.images_per_shard // self.images_per_chunk
-        shard.seek(-(16 * chunks + 4), 2)
-        return np.frombuffer(shard.read(16 * chunks), dtype="<u8").reshape(chunks, 2)[:, 0]
+def runs_of(rows: NDArray[np.int64], images_per_chunk: int) -> NDArray[np.int64]:
+    """Ascending rows as [R, 2] (first row, number of rows): stretches of consecutive rows within one chunk."""
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(rows) != 1) | (rows[1:] % images_per_chunk == 0)]))
+    return np.stack([rows[starts], np.diff(starts, append=rows.size)], axis=1)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -182,17 +176,15 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array
-
-
 def map_table(path: Path, name: str) -> NDArray[Any]:
-    """The array `name` of a store, images apart, mapped into memory: it is one uncompressed chunk."""
-    description = json.loads((path / name / "zarr.json").read_text())
-    shape = tuple(description["shape"])
-    if description["chunk_grid"]["configuration"]["chunk_shape"] != description["shape"]:
-        raise ValueError(f"{name} is in several chunks")
+    """The array `name` of a store, images apart, as a read-only view of its file: it is one uncompressed chunk.
+
+    Zarr leaves out a chunk that holds nothing but zeros; so it is read.
+    """
+    about = json.loads((path / name / "zarr.json").read_text())
+    shape, dtype = tuple(about["shape"]), np.dtype(about["data_type"]).newbyteorder("<")
+    chunk, codecs = about["chunk_grid"]["configuration"]["chunk_shape"], [codec["name"] for codec in about["codecs"]]
+    if tuple(chunk) != shape or codecs != ["bytes"]:
+        raise ValueError(f"{name} is not one uncompressed chunk")
     file = path.joinpath(name, "c", *("0" for _ in shape))
-    return np.asarray(np.memmap(file, np.dtype(description["data_type"]).newbyteorder("<"), mode="r", shape=shape))
+    return np.asarray(np.memmap(file, dtype, "r", shape=shape)) if file.exists() else np.zeros(shape, dtype)

@@ -50,7 +50,7 @@ def contrast_transfer(parameters: Tensor, grid_x: Tensor, grid_y: Tensor) -> Ten
     weights = [mean, difference * torch.cos(twice), difference * torch.sin(twice), spherical, constant]
     ctf = torch.sin(torch.tensordot(torch.stack(weights, dim=1), functions, dims=1))
     beyond = (...,) + (None,) * grid_x.dim()
-    if columns["b_factor_a2"].any():
+    if parameters.is_cuda or columns["b_factor_a2"].any():  # to ask a GPU is to wait for it
         ctf = ctf * torch.exp(-columns["b_factor_a2"][beyond] * s2 / 4)
     return (columns["scale"][beyond] * ctf).to(grid_x.dtype)
 

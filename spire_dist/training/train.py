@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from spire_dist.config import RunConfig
+from spire_dist.data.blocks import Blocks, choose_workers, local_blocks
 from spire_dist.data.loader import BatchSource
+from spire_dist.data.resident import resident_images
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
 from spire_dist.distributed.stopping import StopFlag
@@ -50,11 +53,18 @@ class _Session:
     stop: StopFlag
 
 
-def train(config: RunConfig, run: Path) -> None:
+def train(config: RunConfig, run: Path, blocks: Blocks | None = None) -> None:
     """Train both stages into the directory `run`, or go on with what is there; returns when all is done.
+
+    `blocks` reads the particles in place of this process (`spire_dist.data.blocks`; that of `data.loader = "ray"` is made
+    by `cluster.ray_loader`).
 
     Raises ConfigError, StoreError or RunError for what the user can mend, Stopped (exit code 75) after saving on request.
     """
+    if config.data.loader == "ray" and blocks is None:
+        raise ConfigError(
+            "data.loader = ray: its readers come from cluster.ray_loader; hand them to train(..., blocks=...)"
+        )
     store = ParticleStore.open(config.data.store)
     device = _choose_device(config)
     projector = choose_backend(device, wanted=config.projector)
@@ -65,10 +75,12 @@ def train(config: RunConfig, run: Path) -> None:
         )
     open_run(run, config, store)
     with sole_trainer(run):
-        _begin_or_go_on(config, run, store, device, machine)
+        _begin_or_go_on(config, run, store, device, machine, blocks)
 
 
-def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: torch.device, machine: str) -> None:
+def _begin_or_go_on(
+    config: RunConfig, run: Path, store: ParticleStore, device: torch.device, machine: str, blocks: Blocks | None
+) -> None:
     """The whole run from wherever its checkpoint stands; STATUS.json follows."""
     state = load_checkpoint(run)
     where = (state["stage"], state["step"]) if state else (1, 0)
@@ -80,7 +92,7 @@ def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: 
     say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {machine}")
     try:
         with StopFlag() as stop:
-            source = BatchSource(store, config.data.resident_gib)
+            source = open_source(config, store, device, blocks)
             log = RunLog(run, config.output.log_seconds, device, where, state["elapsed_s"] if state else 0.0)
             volume = consensus_map(run, source, config)
             session = _Session(run, source, config, device, log, stop)
@@ -94,6 +106,15 @@ def _begin_or_go_on(config: RunConfig, run: Path, store: ParticleStore, device: 
         write_status(run, state_now, status["stage"], status["step"], str(error) or type(error).__name__)
         raise
     write_status(run, "complete", 2, load_checkpoint(run)["step"])  # type: ignore[index]
+
+
+def open_source(
+    config: RunConfig, store: ParticleStore, device: torch.device, blocks: Blocks | None = None
+) -> BatchSource:
+    """Batches for a device, from memory where all images fit there, else from `blocks` or from the store itself."""
+    resident = None if blocks else resident_images(store, config.data.resident, device)
+    workers = choose_workers(config.data.workers, device)
+    return BatchSource(store, resident, device, blocks or partial(local_blocks, store, workers))
 
 
 def consensus_map(run: Path, source: BatchSource, config: RunConfig) -> NDArray[np.float32]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from spire_dist.config import RatesConfig, RunConfig, StageConfig
 from spire_dist.data.loader import Batch, BatchSource, Prefetcher
-from spire_dist.data.order import steps_per_epoch
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.errors import RunError, Stopped
 from spire_dist.model.image_model import render, squared_residuals
@@ -109,15 +108,15 @@ def train_stage(
 ) -> None:
     """Train to the end of the stage; `save()` is called at intervals and before leaving. Raises Stopped on request."""
     count = source.store.count
-    per_epoch = steps_per_epoch(count, stage.batch)
+    order = source.order(stage.batch, config.seed + trainee.stage)
+    per_epoch = order.steps_per_epoch
     total, warmup = round(stage.epochs * per_epoch), round(stage.warmup_epochs * per_epoch)
-    device = trainee.mixture.gaussians.unit.device
-    data = Prefetcher(source, stage.batch, config.seed + trainee.stage, trainee.step)
+    data = Prefetcher(source.training(order, trainee.step))
     saved_at = time.monotonic()
     log.restart_interval()
     try:
         while trainee.step < total:
-            batch = data.next().to(device)
+            batch = data.next()
             factor = rate_factor(trainee.step, total, stage.final_rate)
             objective, residual = batch_loss(trainee, batch, config, stage, trainee.step < warmup, count)
             for optimiser in trainee.optimisers:

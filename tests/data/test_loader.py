@@ -2,18 +2,21 @@
 
 import shutil
 import threading
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 import scipy.fft
 import torch
 
-from spire_dist.data.loader import BatchSource, Prefetcher
-from spire_dist.data.order import batches
+from spire_dist.data.loader import Batch, BatchSource, Prefetcher
+from spire_dist.data.resident import resident_images
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import StoreError
 
-FIELDS = ("rows", "images", "ctf", "rotations", "shifts_px")
+CPU = torch.device("cpu")
+TENSORS = ("rows", "images", "ctf", "rotations", "shifts_px")
 
 
 @pytest.fixture
@@ -21,43 +24,81 @@ def store(tiny_store):
     return ParticleStore.open(tiny_store)
 
 
-def test_streamed_batches_are_the_resident_ones_bit_for_bit(store):
-    streamed, resident = BatchSource(store, 0.0), BatchSource(store, 1.0)
-    assert streamed.resident is None
-    assert resident.resident is not None
+@pytest.fixture
+def resident(store):
+    return BatchSource(store, resident_images(store, "always", CPU))
+
+
+def assert_same(found: Batch, expected: Batch) -> None:
+    assert found.total == expected.total
+    for name in TENSORS:
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+def test_streamed_batches_are_the_resident_ones_bit_for_bit(store, resident):
+    streamed = BatchSource(store)
     for rows in (np.arange(240), np.array([239, 0, 64, 63, 130]), np.array([7])):
-        for field in FIELDS:
-            assert torch.equal(getattr(streamed.batch(rows), field), getattr(resident.batch(rows), field))
+        assert_same(streamed.batch(rows), resident.batch(rows))
+    order = streamed.order(32, 5)
+    pairs = zip(streamed.training(order, 3), resident.training(order, 3), strict=False)
+    for found, expected in islice(pairs, 2 * order.steps_per_epoch):
+        assert_same(found, expected)
 
 
 def test_a_batch_holds_the_transforms_and_poses_of_its_rows(store):
     rows = np.array([200, 3, 77])
-    batch = BatchSource(store, 0.0).batch(rows)
+    batch = BatchSource(store).batch(rows)
     np.testing.assert_allclose(batch.images.numpy(), scipy.fft.rfft2(store.read(rows)), rtol=1e-4, atol=1e-3)
     np.testing.assert_array_equal(batch.rotations.numpy(), store.rotations[rows])
     np.testing.assert_allclose(batch.shifts_px.numpy() * 16.0, store.shifts[rows], rtol=1e-6)
     np.testing.assert_array_equal(batch.rows.numpy(), rows)
     assert batch.ctf.shape == (3, 24, 13)
+    assert batch.total == 3
 
 
 def test_the_sequence_is_all_particles_in_store_order(store):
-    rows = torch.cat([batch.rows for batch in BatchSource(store, 0.0).sequence(50)])
+    rows = torch.cat([batch.rows for batch in BatchSource(store).sequence(50)])
     np.testing.assert_array_equal(rows.numpy(), np.arange(240))
 
 
+@pytest.mark.parametrize("world", [1, 4])
+def test_training_batches_are_the_order_of_the_steps_and_hold_only_real_particles(store, world):
+    source = BatchSource(store)
+    order = source.order(32, 5)
+    for rank in range(world):
+        for step, batch in enumerate(islice(source.training(order, 11, rank, world), 20), start=11):
+            rows = order.rows(step, rank, world)
+            assert_same(batch, replace(source.batch(rows[rows >= 0]), total=batch.total))
+            assert batch.total == (16 if step % 8 == 7 else 32)  # 240 = 7 × 32 + 16
+
+
+def test_a_rank_may_have_no_particle_in_a_short_step(store):
+    source = BatchSource(store)
+    order, seen = source.order(34, 0), []
+    for rank in range(34):  # 240 = 7 × 34 + 2
+        batch = next(source.training(order, 7, rank, 34))
+        assert batch.total == 2
+        assert batch.images.shape == batch.ctf.shape == (len(batch.rows), 24, 13)
+        assert batch.images.dtype == torch.complex64
+        seen.append(len(batch.rows))
+    assert sorted(seen) == [0] * 32 + [1, 1]
+
+
 def test_prefetched_batches_come_in_the_order_of_the_steps(store):
-    expected = batches(240, 32, 5, 11)
-    data = Prefetcher(BatchSource(store, 0.0), 32, 5, 11)
+    source = BatchSource(store)
+    order = source.order(32, 5)
+    data = Prefetcher(source.training(order, 11))
     try:
-        for _ in range(20):
-            np.testing.assert_array_equal(data.next().rows.numpy(), next(expected))
+        for expected in islice(source.training(order, 11), 20):
+            assert_same(data.next(), expected)
     finally:
         data.close()
 
 
-def test_closing_ends_the_reading_thread_even_with_a_full_queue(store):
+def test_closing_ends_the_reading_threads_even_with_a_full_queue(store):
     before = threading.active_count()
-    data = Prefetcher(BatchSource(store, 1.0), 32, 0)
+    source = BatchSource(store)
+    data = Prefetcher(source.training(source.order(32, 0)))
     data.next()
     data.close()
     assert threading.active_count() == before
@@ -66,10 +107,10 @@ def test_closing_ends_the_reading_thread_even_with_a_full_queue(store):
 def test_an_error_while_reading_reaches_the_trainer(tmp_path, tiny_store, refusal):
     copy = tmp_path / "store"
     shutil.copytree(tiny_store, copy)
-    source = BatchSource(ParticleStore.open(copy), 0.0)
+    source = BatchSource(ParticleStore.open(copy))
     shard = copy / "images" / "c" / "2" / "0" / "0"
     shard.unlink()
-    data = Prefetcher(source, 240, 0)
+    data = Prefetcher(source.training(source.order(240, 0)))
     try:
         refusal(StoreError, [str(shard), "damaged"], data.next)
     finally:
@@ -77,10 +118,8 @@ def test_an_error_while_reading_reaches_the_trainer(tmp_path, tiny_store, refusa
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_image_that_is_not_finite_is_named_by_its_row_in_the_input(store, refusal, value):
-    source = BatchSource(store, 1.0)
-    assert source.resident is not None
-    source.resident[[17, 40], 5, 5] = value
+def test_an_image_that_is_not_finite_is_named_by_its_row_in_the_input(store, resident, refusal, value):
+    resident.resident[[17, 40], 5, 5] = value
     names = [str(store.source_index[row] + 1) for row in (17, 40)]
-    refusal(StoreError, [str(store.path), *names], lambda: source.batch(np.arange(64)))
-    source.batch(np.array([16, 18]))
+    refusal(StoreError, [str(store.path), *names], lambda: resident.batch(np.arange(64)))
+    resident.batch(np.array([16, 18]))

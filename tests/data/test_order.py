@@ -1,54 +1,151 @@
 """The order of particles, for any set: nothing is left out or repeated, and it can be entered at any step."""
 
-from itertools import islice
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spire_dist.data.order import CHUNKS_PER_GROUP, batches, epoch_order, steps_per_epoch
-from spire_dist.schema import IMAGES_PER_CHUNK
+from spire_dist.data.order import MOST_READERS, NOTHING, Order, Portion
+from spire_dist.errors import ConfigError
 
-counts, sizes, seeds = st.integers(1, 3000), st.integers(1, 400), st.integers(0, 2**32)
-
-
-@given(count=counts, seed=seeds, epoch=st.integers(0, 1000))
-@settings(deadline=None)
-def test_an_epoch_is_a_permutation(count, seed, epoch):
-    np.testing.assert_array_equal(np.sort(epoch_order(count, seed, epoch)), np.arange(count))
-
-
-@given(count=counts, batch=sizes, seed=seeds)
-@settings(deadline=None)
-def test_batches_of_an_epoch_hold_every_particle_once_and_only_the_last_is_short(count, batch, seed):
-    steps = steps_per_epoch(count, batch)
-    first, second = (list(islice(batches(count, batch, seed, start), steps)) for start in (0, steps))
-    for epoch in (first, second):
-        assert [len(rows) for rows in epoch[:-1]] == [batch] * (steps - 1)
-        assert 1 <= len(epoch[-1]) <= batch
-        np.testing.assert_array_equal(np.sort(np.concatenate(epoch)), np.arange(count))
+orders = st.builds(
+    Order,
+    count=st.integers(1, 6000),
+    images_per_chunk=st.sampled_from([1, 2, 4, 8, 16, 64]),
+    batch=st.integers(1, 300) | st.sampled_from([32, 64, 128, 192, 256, 512, 640, 1000]),
+    seed=st.integers(0, 2**33),
+)
+thousands = settings(max_examples=1500, deadline=None)
+hundreds = settings(max_examples=300, deadline=None)
 
 
-@given(count=counts, batch=sizes, seed=seeds, start=st.floats(0, 2.5))
-@settings(deadline=None, max_examples=50)
-def test_entering_at_any_step_gives_what_the_unbroken_sequence_gives(count, batch, seed, start):
-    steps = steps_per_epoch(count, batch)
-    first = int(start * steps)
-    length = first + 3
-    unbroken, resumed = list(islice(batches(count, batch, seed), length)), batches(count, batch, seed, first)
-    for expected in unbroken[first:]:
-        np.testing.assert_array_equal(next(resumed), expected)
+def epoch_of(order: Order, epoch: int, world: int = 1) -> list[list[Portion]]:
+    """The portions of an epoch, block by block and rank by rank."""
+    first = epoch * order.blocks_per_epoch
+    return [[order.portion(first + b, rank, world) for rank in range(world)] for b in range(order.blocks_per_epoch)]
 
 
-@pytest.mark.parametrize(("seed", "epoch"), [(1, 0), (0, 1)])
-def test_another_seed_or_epoch_is_another_order(seed, epoch):
-    assert not np.array_equal(epoch_order(1000, 0, 0), epoch_order(1000, seed, epoch))
+def joined(ranks: list[Portion]) -> np.ndarray:
+    """Rows [S, batch] of a block's steps, all ranks side by side."""
+    return np.concatenate([portion.rows for portion in ranks], axis=1)
 
 
-def test_a_batch_touches_the_chunks_of_one_group_only():
-    count, group = 100 * IMAGES_PER_CHUNK, CHUNKS_PER_GROUP * IMAGES_PER_CHUNK
-    order = epoch_order(count, 3, 0)
-    for first in range(0, count, group):
-        assert len(np.unique(order[first : first + group] // IMAGES_PER_CHUNK)) <= CHUNKS_PER_GROUP
-    assert len(np.unique(order[:IMAGES_PER_CHUNK] // IMAGES_PER_CHUNK)) > 1  # mixed within the group
+def worlds_of(order: Order) -> list[int]:
+    return [world for world in range(1, order.readers + 1) if order.readers % world == 0]
+
+
+def runs_of_chunks(order: Order, portion: Portion) -> list[int]:
+    """The chunk of every run; a run that crosses a chunk fails."""
+    first, last = portion.runs[:, 0], portion.runs.sum(axis=1) - 1
+    np.testing.assert_array_equal(first // order.images_per_chunk, last // order.images_per_chunk)
+    return list(first // order.images_per_chunk)
+
+
+@given(order=orders, epoch=st.integers(0, 1000))
+@thousands
+def test_an_epoch_holds_every_particle_once_and_only_its_last_step_is_short(order, epoch):
+    steps = np.concatenate([joined(block) for block in epoch_of(order, epoch)])
+    assert steps.shape == (order.steps_per_epoch, order.batch)
+    assert (steps[:-1] != NOTHING).all()
+    assert (steps[-1] != NOTHING).any()
+    np.testing.assert_array_equal(np.sort(steps[steps != NOTHING]), np.arange(order.count))
+
+
+@given(order=orders, epoch=st.integers(0, 3), data=st.data())
+@hundreds
+def test_any_number_of_ranks_sees_the_same_steps_and_reads_every_particle_once(order, epoch, data):
+    world = data.draw(st.sampled_from(worlds_of(order)))
+    for [alone], ranks in zip(epoch_of(order, epoch), epoch_of(order, epoch, world), strict=True):
+        np.testing.assert_array_equal(joined(ranks), alone.rows)
+        for portion in ranks:
+            np.testing.assert_array_equal(portion.totals, (alone.rows != NOTHING).sum(axis=1))
+            assert portion.first_step == alone.first_step
+            used = np.sort(portion.index[portion.index != NOTHING])
+            np.testing.assert_array_equal(used, np.arange(portion.size))  # all that is read is used, once
+        sizes = [portion.size for portion in ranks]
+        assert max(sizes) - min(sizes) <= order.readers // world  # a run of what remains is one longer at most
+
+
+@given(order=orders, data=st.data())
+@hundreds
+def test_entering_at_any_step_gives_what_the_unbroken_sequence_gives(order, data):
+    world = data.draw(st.sampled_from(worlds_of(order)))
+    rank = data.draw(st.integers(0, world - 1))
+    unbroken = np.concatenate([ranks[rank].rows for epoch in (0, 1) for ranks in epoch_of(order, epoch, world)])
+    step = data.draw(st.integers(0, 2 * order.steps_per_epoch - 1))
+    np.testing.assert_array_equal(order.rows(step, rank, world), unbroken[step])
+
+
+@given(order=orders, epoch=st.integers(0, 50))
+@hundreds
+def test_a_whole_chunk_has_one_reader_and_a_step_of_a_whole_block_draws_from_as_many_chunks_as_readers(order, epoch):
+    taken = order.batch // order.readers
+    seen: list[int] = []
+    for [block] in epoch_of(order, epoch):
+        chunks = runs_of_chunks(order, block)
+        assert len(set(chunks)) == len(chunks)
+        seen += chunks
+        if block.size == order.block_images:
+            of_reader = block.rows.reshape(len(block.rows), order.readers, taken) // order.images_per_chunk
+            readers = [set(of_reader[:, v].ravel()) for v in range(order.readers)]
+            assert sum(map(len, readers)) == len(set().union(*readers)) == len(chunks)
+            assert all(len(set(step[:, 0])) == order.readers for step in of_reader)
+    assert sorted(seen) == list(range(-(-order.count // order.images_per_chunk)))
+
+
+@given(order=orders, step=st.integers(0, 10**9))
+@thousands
+def test_a_step_is_found_in_the_block_that_says_to_hold_it(order, step):
+    portion = order.portion(order.block_of(step))
+    assert portion.first_step <= step < portion.first_step + len(portion.index)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"seed": 3}, {"epoch": 1}])
+def test_another_seed_or_epoch_is_another_order_of_chunks_and_within_them(change):
+    order = Order(20_000, 64, 64, 0)
+    epoch = change.pop("epoch", 0)
+    ours, other = order.portion(0), replace(order, **change).portion(epoch * order.blocks_per_epoch)
+    assert not np.array_equal(ours.runs, other.runs)
+    assert not np.array_equal(ours.index, other.index)
+
+
+def test_the_blocks_of_an_epoch_are_shuffled_differently():
+    order = Order(20_000, 64, 64, 0)
+    assert not np.array_equal(order.portion(0).index, order.portion(1).index)
+
+
+def test_every_image_of_a_chunk_comes_first_equally_often():
+    """The mean place of each of 64 images over 400 epochs: 31.5 with a standard error of 0.92."""
+    order = Order(64, 64, 1, 0)
+    places = np.array([np.argsort([order.rows(64 * epoch + step)[0] for step in range(64)]) for epoch in range(400)])
+    assert np.abs(places.mean(axis=0) - 31.5).max() < 4.5 * 0.92
+
+
+def test_ten_million_particles_need_no_permutation_of_particles():
+    order = Order(10_000_000, 64, 64, 0)
+    portion = order.portion(order.block_of(10**6))
+    assert portion.size == order.block_images == 4096
+    assert portion.runs.shape == (64, 2)
+
+
+def test_a_batch_of_one_prime_has_one_reader_whose_block_is_whole_chunks_and_whole_steps():
+    order = Order(100_000, 64, 67, 0)
+    assert (order.readers, order.block_images) == (1, 64 * 67)
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "works"), [(64, 6, 60), (64, 3, 63), (67, 2, 68), (320, 40, 160), (1, 64, 64)]
+)
+def test_ranks_that_cannot_share_a_batch_are_told_one_that_works(refusal, batch, world, works):
+    order = Order(1000, 64, batch, 0)
+    message = refusal(ConfigError, [f"batch = {batch}", f"{world} ranks"], lambda: order.portion(0, 0, world))
+    suggested = int(message.split("a batch of ")[1].split()[0])
+    replace(order, batch=suggested).portion(0, world - 1, world)
+    assert suggested == works
+
+
+def test_more_ranks_than_readers_can_be_are_refused(refusal):
+    words = ["65 ranks", str(MOST_READERS)]
+    refusal(ConfigError, words, lambda: Order(1000, 64, 650, 0).portion(0, 0, 65))

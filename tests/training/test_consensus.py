@@ -39,10 +39,10 @@ def known_source(box: int, noise: float = 0.0, images: int = COUNT) -> tuple[Bat
     pictures = pictures + np.float32(noise) * rng.standard_normal(pictures.shape, dtype=np.float32)
     store = SimpleNamespace(
         path="store", count=images, box=box, pixel_size=PIXEL_SIZE, rotations=rotations.numpy(), shifts=shifts, ctf=ctf,
-        source_index=np.arange(images), read=lambda rows: pictures[rows],
+        scale=None, source_index=np.arange(images),
     )  # fmt: skip
     truth = render_volume(centres, amplitudes, widths, box, PIXEL_SIZE).numpy()
-    return BatchSource(store, 1.0), truth  # type: ignore[arg-type]
+    return BatchSource(store, pictures), truth  # type: ignore[arg-type]
 
 
 def correlation(a, b) -> float:
@@ -92,7 +92,7 @@ def test_other_paddings_give_the_same_map(padding):
 
 
 def test_a_real_store_gives_the_average_of_its_true_maps(tiny_store, tiny_truth):
-    volume, _ = back_project(BatchSource(ParticleStore.open(tiny_store), 1.0))
+    volume, _ = back_project(BatchSource(ParticleStore.open(tiny_store)))
     maps = [read_map(path)[0] for path in sorted((tiny_truth / "vols" / "24_org").glob("*.mrc"))]
     assert len(maps) == 4
     assert correlation(volume, np.mean(maps, axis=0)) > 0.8

@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(finished_table
 
 
 def test_streaming_from_disk_trains_to_the_same_bits(finished_table, tmp_path, train_tiny):
-    run = train_tiny(tmp_path / "run", "data.resident_gib=0")
+    run = train_tiny(tmp_path / "run", "data.resident='never'")
     assert (run / "latents.npy").read_bytes() == (finished_table / "latents.npy").read_bytes()
 
 
@@ -129,7 +129,7 @@ def test_another_configuration_on_the_same_run_is_refused_by_key(
 
 
 def test_settings_that_change_no_result_may_change(finished_table, train_tiny):
-    train_tiny(finished_table, "output.keep=5", "threads=2", "data.resident_gib=0.5")
+    train_tiny(finished_table, "output.keep=5", "threads=2", "data.resident='never'")
 
 
 def test_other_particles_on_the_same_run_are_refused(finished_table, tiny_truth, tmp_path, train_tiny, refusal):
@@ -178,8 +178,8 @@ def test_a_pixel_that_is_not_a_number_names_its_particle(tiny_store, tmp_path, t
     particles = ParticleStore.open(store)
     assert np.isnan(particles.read(np.array([75]))).sum() == 1
     row = f"row {particles.source_index[75] + 1} of"
-    for gib in (0, 1):
-        run, settings = tmp_path / f"run{gib}", [f"data.store='{store}'", f"data.resident_gib={gib}"]
+    for resident in ("never", "always"):
+        run, settings = tmp_path / f"run-{resident}", [f"data.store='{store}'", f"data.resident='{resident}'"]
         refusal(StoreError, [str(store), row], lambda run=run, settings=settings: train_tiny(run, *settings))
         assert status(run)["state"] == "failed"
         assert row in status(run)["message"]

@@ -1,0 +1,162 @@
+"""Blocks of images read ahead of training, by a thread of this process or by processes of their own.
+
+A source of blocks is a function (`Blocks`), so that another one may take its place: it is told the order, which rank of
+how many this is, and the first block, and yields, without end, the images of that block and of those that follow it,
+[n, D, D] as they are stored, in the sequence that `Order.portion(block, rank, world).runs` says. What they are for is the
+business of `spire_dist.data.loader`, which calls it, uses each block until it asks for the next one, and closes it at the end.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from spire_dist.data.order import Order
+from spire_dist.data.store import ParticleStore
+from spire_dist.distributed.stopping import STOP_SIGNALS
+from spire_dist.errors import StoreError
+
+Blocks = Callable[[Order, int, int, int], Generator[NDArray[Any]]]
+"""(order, rank, world, first block) -> images of that block, of the next one, ..."""
+
+AHEAD_BYTES = 2**30
+"""Of blocks read before they are needed; at least one block is."""
+GPU_WORKERS = 2
+RESTARTS = 3
+"""So often in a row a reading process may die before its first block."""
+
+
+def local_blocks(
+    store: ParticleStore, workers: int, order: Order, rank: int, world: int, first: int
+) -> Generator[NDArray[Any]]:
+    """Blocks of a store read ahead by `workers` processes, or by a thread of this one where that is 0.
+
+    Raises StoreError for a shard that cannot be read, and where reading processes are killed again and again.
+    """
+    if workers == 0:
+        return _by_thread(store, order, rank, world, first)
+    block_bytes = order.block_images // world * store.box**2 * store.images.dtype.itemsize
+    return _by_processes(
+        Reader(store.path, order, rank, world), min(workers, max(1, AHEAD_BYTES // block_bytes)), first
+    )
+
+
+def choose_workers(wanted: int | None, device: torch.device) -> int:
+    """Reading processes per rank: as wanted, else as the device needs.
+
+    A thread feeds a CPU, whose steps are long and made by code that lets it run. The steps of a GPU are short, and Python,
+    which starts its kernels, must not be kept waiting by a thread that reads.
+    """
+    if wanted is not None:
+        return wanted
+    return min(GPU_WORKERS, cores() - 1) if device.type == "cuda" else 0
+
+
+def cores() -> int:
+    """Cores of this process and of its share of the node's ranks."""
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks())
+
+
+def local_ranks() -> int:
+    """Ranks on this node, as torchrun and our own launcher tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _by_thread(store: ParticleStore, order: Order, rank: int, world: int, first: int) -> Generator[NDArray[Any]]:
+    def read(block: int) -> NDArray[Any]:
+        return store.images.read(order.portion(block, rank, world).runs)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
+        ahead = pool.submit(read, first)
+        for block in count(first + 1):
+            images, ahead = ahead.result(), pool.submit(read, block)
+            yield images
+
+
+@dataclass(eq=False)
+class Reader(Dataset[Tensor | StoreError]):
+    """What a reading process is given: a name and numbers. It opens the store itself, and only reads."""
+
+    path: Path
+    order: Order
+    rank: int
+    world: int
+
+    @cached_property
+    def store(self) -> ParticleStore:
+        """Opened where it is first asked for."""
+        return ParticleStore.open(self.path)
+
+    def __getitem__(self, block: int) -> Tensor | StoreError:
+        """A block in shared memory; an error is handed over like a block, so that it stays one line."""
+        try:
+            images, portion = self.store.images, self.order.portion(block, self.rank, self.world)
+            block_images = _shared((portion.size, images.box, images.box), images.dtype)
+            images.read(portion.runs, block_images.numpy())
+            return block_images
+        except StoreError as error:
+            return error
+
+
+def _by_processes(reader: Reader, workers: int, first: int) -> Generator[NDArray[Any]]:
+    """A block is known by its number alone, so one that a dead process owed is read again by the next."""
+    deaths = 0
+    while True:
+        try:
+            for images in _loaded(reader, workers, first):
+                first, deaths = first + 1, 0
+                yield images
+        except (RuntimeError, OSError, EOFError) as error:  # of the DataLoader, by where the process died
+            if str(error).startswith("Caught"):  # raised in a process that lives: a bug
+                raise
+            deaths += 1
+            if deaths > RESTARTS:
+                raise StoreError(
+                    f"data.workers = {workers}: processes that read {reader.path} were killed {deaths} times; give the job "
+                    "more memory, or set data.workers = 0"
+                ) from error
+
+
+def _loaded(reader: Reader, workers: int, first: int) -> Iterator[NDArray[Any]]:
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=count(first),
+        num_workers=workers,
+        prefetch_factor=1,  # a block per process is on its way while one is used
+        multiprocessing_context="spawn",
+        worker_init_fn=_ignore_stop_signals,
+    )
+    for images in loader:
+        if isinstance(images, StoreError):
+            raise images
+        yield images.numpy()
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A signal to the whole job is for the trainer, which needs blocks until it has saved."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _shared(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
+    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+    try:
+        return torch.empty(shape, dtype=kind).share_memory_()
+    except (RuntimeError, OSError) as error:
+        mib = int(np.prod(shape)) * dtype.itemsize / 2**20
+        raise StoreError(
+            f"data.workers: no shared memory for a block of {mib:.0f} MiB ({str(error).splitlines()[0]}); give the container "
+            "more (--shm-size), or set data.workers = 0"
+        ) from error
