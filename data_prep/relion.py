@@ -1,4 +1,4 @@
-"""RELION's STAR files as a particle table. Called by `sources.py`.
+"""RELION's STAR files as a particle table. Called by `sources.py`; `star.py` parses, `tilt.py` adds tilt series.
 
 Up to 3.0 everything is in one block and origins are in pixels; from 3.1 the microscope is described in an optics table
 and origins are in Å. Files in between mix the two, so each value is looked up by name, whichever version wrote it.
@@ -9,18 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import starfile
 from numpy.typing import NDArray
 
-from data_prep.table import ParticleTable, finite, sane_pixel_sizes
-from spire_dist.errors import SourceError
+from data_prep.star import Columns, numbers, read_blocks
+from data_prep.table import ParticleTable, sane_pixel_sizes
+from data_prep.tilt import PARTICLE_LABELS, one_image_for_each_tilt
+from data_prep.tomograms import SET_LABELS, files_of_set
+from spire_dist.errors import ConfigError, SourceError
 from spire_dist.physics.poses import matrices_from_relion_angles
 from spire_dist.schema import NO_CTF
 
 CTF_DEFAULTS = {
     "rlnDefocusU": None,
-    "rlnDefocusV": None,
-    "rlnDefocusAngle": None,
+    "rlnDefocusV": "rlnDefocusU",
+    "rlnDefocusAngle": 0.0,
     "rlnVoltage": None,
     "rlnSphericalAberration": None,
     "rlnAmplitudeContrast": None,
@@ -28,7 +30,10 @@ CTF_DEFAULTS = {
     "rlnCtfBfactor": 0.0,
     "rlnCtfScalefactor": 1.0,
 }
-"""RELION's labels in the order of `schema.CTF_COLUMNS`, with the value where the file has no such column."""
+"""RELION's labels in the order of `schema.CTF_COLUMNS`, with the value or column that stands in where one is missing.
+
+Without rlnDefocusV a defocus has no astigmatism, as in RELION.
+"""
 
 IGNORED = {
     "rlnBeamTiltX": ("beam tilt", 0.0),
@@ -36,30 +41,58 @@ IGNORED = {
     "rlnOddZernike": ("odd aberrations", 0.0),
     "rlnEvenZernike": ("even aberrations", 0.0),
     "rlnMagMat00": ("anisotropic magnification", 1.0),
+    "rlnMagMat01": ("anisotropic magnification", 0.0),
+    "rlnMagMat10": ("anisotropic magnification", 0.0),
+    "rlnMagMat11": ("anisotropic magnification", 1.0),
 }
 """Columns whose effect the image model leaves out, with the value that means no effect."""
 
+ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
-def read_star(source: Path, pixel_size: float | None, no_ctf: bool) -> ParticleTable:
-    """The particles of a STAR file; see `sources.read_particles`."""
-    particles, optics = _blocks(source)
+LABELS: dict[str, type] = {
+    **dict.fromkeys([*CTF_DEFAULTS, *ANGLES, "rlnOpticsGroup", "rlnImageSize", "rlnImageDimensionality"], float),
+    **dict.fromkeys(["rlnImagePixelSize", "rlnPixelSize", "rlnDetectorPixelSize", "rlnMagnification"], float),
+    **dict.fromkeys([f"rlnOrigin{axis}{unit}" for axis in "XYZ" for unit in ("", "Angst")], float),
+    **dict.fromkeys(["rlnCtfDataAreCtfPremultiplied", "rlnTomoSubTomosAre2DStacks"], float),
+    **dict.fromkeys(["rlnImageName", "rlnOpticsGroupName", "rlnCtfImage", *IGNORED], str),
+    **PARTICLE_LABELS,
+    **SET_LABELS,
+}
+"""The columns that are read, and whether they hold numbers; all others are passed over."""
+
+LARGEST_BOX = 2**15
+
+
+def read_star(source: Path, pixel_size: float | None, no_ctf: bool, tomograms: Path | None = None) -> ParticleTable:
+    """The particles of a STAR file, or of the optimisation set of a tilt-series project; see `sources.read_particles`.
+
+    tomograms  the STAR file with the tilt series of 2-D tilt stacks, where it does not lie beside the particles
+    """
+    blocks = read_blocks(source, LABELS)
+    if any("rlnTomoParticlesFile" in columns for columns in blocks.values()):
+        particles_star, tomograms_star = files_of_set(source, blocks)
+        return read_star(particles_star, pixel_size, no_ctf, tomograms or tomograms_star)
+    particles, optics = _particles(source, blocks)
     groups, names = _optics_groups(source, particles, optics)
-    if optics is not None:
-        new = [name for name in optics.columns if name not in particles]
-        particles = particles.assign(**{name: optics[name].to_numpy()[groups] for name in new})
-    _refuse_unsupported(source, particles)
+    particles = {label: cells[groups] for label, cells in optics.items()} | particles
+    in_tilts = _is_tilt_series(source, particles)
+    if tomograms is not None and not in_tilts:
+        raise ConfigError(
+            f"tomograms: {tomograms} is of no use, {source} holds no tilt series (no rlnTomoVisibleFrames)"
+        )
 
     pixel_sizes = _pixel_sizes(source, particles, pixel_size)
-    ctf = np.tile(np.array(NO_CTF), (len(particles), 1)) if no_ctf else _ctf(source, particles)
+    if in_tilts and not no_ctf:
+        particles["rlnDefocusU"] = np.zeros(len(groups))  # of the tilts, not of the particle
+    ctf = np.tile(np.array(NO_CTF), (len(groups), 1)) if no_ctf else _ctf(source, particles)
+    origins_a = np.stack([_origin_a(source, particles, axis, pixel_sizes) for axis in "XYZ"], axis=1)
+    missing_angle = next((angle for angle in ANGLES if angle not in particles), None)
     rotations = shifts_a = None
-    if all(name in particles for name in ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")):
-        angles = (_numbers(source, particles, f"rlnAngle{name}") for name in ("Rot", "Tilt", "Psi"))
-        rotations = matrices_from_relion_angles(*angles)
-        origins = [_origin_a(source, particles, axis, pixel_sizes) for axis in "XY"]
-        shifts_a = -np.stack(origins, axis=1).astype(np.float32)
-    slices, files, paths = _image_names(source, particles)
-    boxes = _numbers(source, particles, "rlnImageSize").astype(np.int64) if "rlnImageSize" in particles else None
-    return ParticleTable(
+    if missing_angle is None:
+        rotations = matrices_from_relion_angles(*(numbers(source, particles, angle) for angle in ANGLES))
+        shifts_a = -origins_a[:, :2].astype(np.float32)
+    slices, files, paths = _image_names(source, particles, in_tilts)
+    table = ParticleTable(
         source=source,
         image_paths=paths,
         image_file=files,
@@ -70,124 +103,154 @@ def read_star(source: Path, pixel_size: float | None, no_ctf: bool) -> ParticleT
         optics_group=groups.astype(np.int32),
         optics_names=names,
         pixel_size_a=pixel_sizes,
-        stated_box=boxes,
+        stated_box=_boxes(source, particles),
         sign_hint=None,
         ignored=_ignored(particles),
+        ctf_premultiplied=_any(source, particles, "rlnCtfDataAreCtfPremultiplied", 1),
+        missing_poses=f"no column {missing_angle}" if missing_angle else "",
     )
+    return one_image_for_each_tilt(table, particles, origins_a, tomograms, no_ctf) if in_tilts else table
 
 
-def _blocks(source: Path) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """(particles, optics table or None)."""
-    try:
-        blocks = starfile.read(source, always_dict=True)
-    except Exception as error:  # the parser raises whatever it meets
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(f"{source}: not a readable STAR file ({reason})") from error
-    tables = {name: pd.DataFrame([b]) if isinstance(b, dict) else pd.DataFrame(b) for name, b in blocks.items()}
-    found = [name for name, table in tables.items() if "rlnImageName" in table]
+def _particles(source: Path, blocks: dict[str, Columns]) -> tuple[Columns, Columns]:
+    """(particles, optics table: empty up to RELION 3.0)."""
+    found = [name for name, columns in blocks.items() if "rlnImageName" in columns]
     if not found:
-        held = ", ".join(f"data_{name}" for name in tables) or "no data"
+        held = ", ".join(f"data_{name}" for name in blocks) or "no data"
         raise SourceError(f"{source}: no particles: no block has column rlnImageName (the file holds {held})")
     name = "particles" if "particles" in found else found[0]
-    if len(tables[name]) == 0:
+    if len(blocks[name]["rlnImageName"]) == 0:
         raise SourceError(f"{source}: data_{name} has no rows")
-    return tables[name], tables.get("optics")
+    return blocks[name], blocks.get("optics", {})
 
 
-def _optics_groups(
-    source: Path, particles: pd.DataFrame, optics: pd.DataFrame | None
-) -> tuple[NDArray[np.int64], list[str]]:
+def _optics_groups(source: Path, particles: Columns, optics: Columns) -> tuple[NDArray[np.int64], list[str]]:
     """Row of each particle in the optics table, and the groups' names; joined by number, never by order."""
-    if optics is None or len(optics) == 0:
-        return np.zeros(len(particles), dtype=np.int64), ["opticsGroup1"]
-    numbers = optics["rlnOpticsGroup"].tolist() if "rlnOpticsGroup" in optics else list(range(1, len(optics) + 1))
+    count = len(particles["rlnImageName"])
+    listed = len(next(iter(optics.values()), ()))
+    if not listed:
+        optics.clear()
+        return np.zeros(count, dtype=np.int64), ["opticsGroup1"]
+    ids = numbers(source, optics, "rlnOpticsGroup") if "rlnOpticsGroup" in optics else np.arange(1.0, listed + 1)
+    if len(set(ids)) < listed:
+        twice = next(i for i in ids if (ids == i).sum() > 1)
+        raise SourceError(f"{source}: data_optics lists optics group {twice:g} twice; expected each number once")
     if "rlnOpticsGroup" in particles:
-        row_of_number = {number: row for row, number in enumerate(numbers)}
-        rows = np.array([row_of_number.get(number, -1) for number in particles["rlnOpticsGroup"].tolist()])
-    elif len(optics) == 1:
-        rows = np.zeros(len(particles), dtype=np.int64)
+        order = np.argsort(ids)
+        wanted = numbers(source, particles, "rlnOpticsGroup")
+        rows = order[np.minimum(np.searchsorted(ids[order], wanted), listed - 1)]
+        wrong = np.flatnonzero(ids[rows] != wanted)
+        if wrong.size:
+            held = ", ".join(f"{i:g}" for i in ids)
+            raise SourceError(
+                f"{source}: row {wrong[0] + 1} is of optics group {wanted[wrong[0]]:g}, but data_optics lists {held}"
+            )
+    elif listed == 1:
+        rows = np.zeros(count, dtype=np.int64)
     else:
-        raise SourceError(f"{source}: particles have no column rlnOpticsGroup, but there are {len(optics)} groups")
-    if rows.min() < 0:
-        row = int(np.argmin(rows))
-        number = particles["rlnOpticsGroup"].iloc[row]
-        raise SourceError(f"{source}: row {row + 1} is of optics group {number}, but data_optics lists {numbers}")
-    names = optics["rlnOpticsGroupName"] if "rlnOpticsGroupName" in optics else [f"opticsGroup{n}" for n in numbers]
+        raise SourceError(f"{source}: particles have no column rlnOpticsGroup, but there are {listed} groups")
+    names = optics["rlnOpticsGroupName"] if "rlnOpticsGroupName" in optics else [f"opticsGroup{i:g}" for i in ids]
     return rows, [str(name) for name in names]
 
 
-def _refuse_unsupported(source: Path, particles: pd.DataFrame) -> None:
+def _is_tilt_series(source: Path, particles: Columns) -> bool:
+    """Whether an image name stands for a stack of tilts; subtomograms are refused."""
+    if _any(source, particles, "rlnImageDimensionality", 3):
+        raise SourceError(f"{source}: rlnImageDimensionality is 3 (subtomograms); extract 2-D stacks (RELION 5, Warp)")
+    if "rlnCtfImage" in particles:
+        raise SourceError(f"{source}: column rlnCtfImage (subtomograms); extract 2-D stacks (RELION 5, Warp)")
+    if "rlnTomoVisibleFrames" in particles and "rlnTomoName" in particles:
+        return True
     if "rlnTomoName" in particles:
-        raise SourceError(f"{source}: a tilt-series set (column rlnTomoName); plain 2D particles are needed")
-    if "rlnImageDimensionality" in particles and 3 in particles["rlnImageDimensionality"].to_list():
-        raise SourceError(f"{source}: rlnImageDimensionality is 3 (subtomograms); plain 2D particles are needed")
-    if "rlnCtfDataAreCtfPremultiplied" in particles and 1 in particles["rlnCtfDataAreCtfPremultiplied"].to_list():
-        raise SourceError(f"{source}: rlnCtfDataAreCtfPremultiplied is 1; extract the particles without it")
+        raise SourceError(
+            f"{source}: a tilt-series set (column rlnTomoName) without rlnTomoVisibleFrames; "
+            "extract 2-D stacks (RELION 5, Warp)"
+        )
+    return False
 
 
-def _numbers(source: Path, particles: pd.DataFrame, name: str) -> NDArray[np.float64]:
-    return finite(source, name, np.asarray(pd.to_numeric(particles[name], errors="coerce")))
+def _any(source: Path, particles: Columns, label: str, value: float) -> bool:
+    return label in particles and bool((numbers(source, particles, label) == value).any())
 
 
-def _pixel_sizes(source: Path, particles: pd.DataFrame, override: float | None) -> NDArray[np.float64]:
+def _pixel_sizes(source: Path, particles: Columns, override: float | None) -> NDArray[np.float64]:
     """[N] Å/px: what the user says, else the image's, else the detector's (µm) over the magnification."""
     if override is not None:
-        values = np.full(len(particles), float(override))
+        values = np.full(len(particles["rlnImageName"]), float(override))
     elif "rlnImagePixelSize" in particles:
-        values = _numbers(source, particles, "rlnImagePixelSize")
+        values = numbers(source, particles, "rlnImagePixelSize")
     elif "rlnDetectorPixelSize" in particles and "rlnMagnification" in particles:
-        detector = _numbers(source, particles, "rlnDetectorPixelSize")
-        values = 1e4 * detector / _numbers(source, particles, "rlnMagnification")
+        detector, magnification = (
+            numbers(source, particles, f"rln{n}") for n in ("DetectorPixelSize", "Magnification")
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = 1e4 * detector / magnification
+    elif "rlnPixelSize" in particles:
+        values = numbers(source, particles, "rlnPixelSize")
     else:
         needed = "rlnImagePixelSize, or rlnMagnification and rlnDetectorPixelSize"
         raise SourceError(f"{source}: no pixel size ({needed}); add the column or give pixel_size in Å")
     return sane_pixel_sizes(source, values)
 
 
-def _ctf(source: Path, particles: pd.DataFrame) -> NDArray[np.float64]:
+def _ctf(source: Path, particles: Columns) -> NDArray[np.float64]:
     """[N, 9] in RELION's units, which are `schema.CTF_COLUMNS`'s."""
     columns = []
-    for name, default in CTF_DEFAULTS.items():
-        if name in particles:
-            columns.append(_numbers(source, particles, name))
+    for label, default in CTF_DEFAULTS.items():
+        if label in particles:
+            columns.append(numbers(source, particles, label))
+        elif isinstance(default, str):
+            columns.append(numbers(source, particles, default))
         elif default is not None:
-            columns.append(np.full(len(particles), default))
+            columns.append(np.full(len(particles["rlnImageName"]), default))
         else:
-            raise SourceError(f"{source}: column {name} is missing; add it, or use no_ctf for images without a CTF")
+            raise SourceError(f"{source}: column {label} is missing; add it, or use no_ctf for images without a CTF")
     return np.stack(columns, axis=1)
 
 
-def _origin_a(
-    source: Path, particles: pd.DataFrame, axis: str, pixel_sizes: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """[N] Å, the shift that centres the particle: stated in Å from RELION 3.1, in pixels before."""
+def _origin_a(source: Path, particles: Columns, axis: str, pixel_sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[N] Å, the shift that centres the particle: stated in Å from RELION 3.1, in pixels before; 0 where missing."""
     if f"rlnOrigin{axis}Angst" in particles:
-        return _numbers(source, particles, f"rlnOrigin{axis}Angst")
+        return numbers(source, particles, f"rlnOrigin{axis}Angst")
     if f"rlnOrigin{axis}" in particles:
-        return _numbers(source, particles, f"rlnOrigin{axis}") * pixel_sizes
-    return np.zeros(len(particles))
+        return numbers(source, particles, f"rlnOrigin{axis}") * pixel_sizes
+    return np.zeros(len(pixel_sizes))
 
 
-def _image_names(source: Path, particles: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
-    """`000012@dir/a.mrcs` is slice 11 of dir/a.mrcs; a name without @ is a file of one image."""
-    names = particles["rlnImageName"].astype(str).tolist()
-    slices, stacks = np.zeros(len(names), dtype=np.int64), []
+def _image_names(
+    source: Path, particles: Columns, in_tilts: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
+    """`000012@dir/a.mrcs` is slice 11 of dir/a.mrcs; a name without @ is a file of one image, or a stack of tilts."""
+    names = particles["rlnImageName"]
+    slices, stacks = np.zeros(len(names), dtype=np.int64), np.empty(len(names), dtype=object)
     for row, name in enumerate(names):
-        number, at, stack = name.rpartition("@")
-        if not stack or (at and not (number.isdigit() and int(number) > 0)):
+        number, at, stacks[row] = name.rpartition("@")
+        if at:
+            slices[row] = int(number) - 1 if re.fullmatch(r"[0-9]{1,9}", number) else -1
+        if slices[row] < 0 or not stacks[row].strip():
             raise SourceError(f"{source}: row {row + 1} has rlnImageName {name!r}; expected like 000001@stack.mrcs")
-        slices[row] = int(number) - 1 if at else 0
-        stacks.append(stack)
-    files, paths = pd.factorize(np.array(stacks, dtype=object))
+        if at and in_tilts:
+            raise SourceError(f"{source}: row {row + 1} has rlnImageName {name!r}; expected the stack of all its tilts")
+    files, paths = pd.factorize(stacks)
     return slices, files.astype(np.int32), [str(path) for path in paths]
 
 
-def _ignored(particles: pd.DataFrame) -> list[str]:
+def _boxes(source: Path, particles: Columns) -> NDArray[np.int64] | None:
+    if "rlnImageSize" not in particles:
+        return None
+    boxes = numbers(source, particles, "rlnImageSize")
+    wrong = np.flatnonzero(~((boxes >= 1) & (boxes <= LARGEST_BOX) & (boxes == np.floor(boxes))))
+    if wrong.size:
+        raise SourceError(f"{source}: rlnImageSize is {boxes[wrong[0]]:g} in row {wrong[0] + 1}; expected a box in px")
+    return boxes.astype(np.int64)
+
+
+def _ignored(particles: Columns) -> list[str]:
     """Effects whose columns hold anything but the neutral value (Zernike lists are text in brackets)."""
     effects = set()
-    for name, (effect, neutral) in IGNORED.items():
-        if name in particles:
-            numbers = re.findall(r"[-+]?[\d.]+(?:[eE][-+]?\d+)?", " ".join(map(str, particles[name].unique())))
-            if any(float(number) != neutral for number in numbers):
+    for label, (effect, neutral) in IGNORED.items():
+        if label in particles:
+            values = re.findall(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?", " ".join(set(particles[label])))
+            if any(float(value) != neutral for value in values):
                 effects.add(effect)
     return sorted(effects)

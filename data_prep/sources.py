@@ -36,6 +36,7 @@ def read_particles(
     no_ctf: bool = False,
     passthrough: Sequence[Path] = (),
     ctf: Path | None = None,
+    tomograms: Path | None = None,
     find: Callable[[Sequence[str]], list[Path]] | None = None,
 ) -> ParticleTable:
     """Read a particle file of any kind in `KINDS`.
@@ -46,6 +47,7 @@ def read_particles(
         no_ctf: give every particle a CTF of 1.
         passthrough: further .cs files of the same particles, joined by uid.
         ctf: cryoDRGN's CTF pickle [N, 9], overrides what the file says.
+        tomograms: STAR file with the tilt series of 2-D tilt stacks; default: the one beside them.
         find: gives the paths of the stacks that a .txt list names; default: relative to the list.
 
     A file without poses gives a table whose `rotations` are None. Raises `SourceError` in one line naming file, column
@@ -57,10 +59,12 @@ def read_particles(
         raise SourceError(f"{source}: no such file; give {KINDS}")
     if passthrough and kind not in (".cs", ".csg"):
         raise ConfigError(f"passthrough: {passthrough[0]} belongs to a cryoSPARC file, not to {source.name}")
+    if tomograms is not None and kind != ".star":
+        raise ConfigError(f"tomograms: {tomograms} belongs to RELION's tilt series, not to {source.name}")
     if ctf is not None and no_ctf:
         raise ConfigError(f"ctf: {ctf} and no_ctf exclude each other; give one of them")
     if kind == ".star":
-        table = read_star(source, pixel_size, no_ctf or ctf is not None)
+        table = read_star(source, pixel_size, no_ctf or ctf is not None, tomograms)
     elif kind in (".cs", ".csg"):
         table = read_cs(source, pixel_size, no_ctf or ctf is not None, passthrough)
     elif kind in (".txt", ".mrcs", ".mrc"):

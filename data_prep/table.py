@@ -44,6 +44,8 @@ class ParticleTable:
     """[N], row in `source`, from 0; the tilts of one particle share it. Default: one image for each row, in order."""
     uid: NDArray[np.uint64] | None = None
     """[N], cryoSPARC's number of each particle, the same in all of its files."""
+    tilt: NDArray[np.int32] | None = None
+    """[N, 2], where each image is one of a tilt series: its number there, from 0, and how many the series has."""
     ctf_premultiplied: bool = False
     """The images were already multiplied by their CTF, so that they show CTF² · projection."""
     also_read: list[Path] = field(default_factory=list)
