@@ -19,6 +19,7 @@ from data_prep.recipe import SAME_EXTENT, Recipe, batches_in_file_order, raw_ima
 from data_prep.sources import read_particles
 from data_prep.stacks import Stack, open_stack
 from data_prep.table import ParticleTable
+from data_prep.tilt import with_slices
 from spire_dist import numpy_pickle
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.progress import progress
@@ -108,6 +109,7 @@ def make_plan(inputs: Inputs, options: Options) -> Plan:
     if note := renamed(table.image_paths, paths):
         print(f"{source}: {note}", file=sys.stderr)
     stacks = [open_stack(path) for path in progress(paths, "stacks", unit="file")]
+    table = with_slices(table, np.array([stack.count for stack in stacks]))
     boxes = _check_slices(table, stacks)
     extents_a = boxes * table.pixel_size_a
     if table.ctf_premultiplied:
