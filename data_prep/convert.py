@@ -9,7 +9,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -163,7 +165,8 @@ def in_processes(store: Path, shards: list[int], workers: int) -> Iterator[int]:
     if min(workers, len(shards)) <= 1:
         yield from (write_shard(store, shard) for shard in shards)
         return
-    with ProcessPoolExecutor(min(workers, len(shards)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_leave_with_parent) as pool:
         tasks = [pool.submit(write_shard, store, shard) for shard in shards]
         try:
             for task in as_completed(tasks):
@@ -174,6 +177,19 @@ def in_processes(store: Path, shards: list[int], workers: int) -> Iterator[int]:
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _leave_with_parent() -> None:
+    """In a worker: an interruption is the parent's to handle, and no worker outlives a killed parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 def check_paths(inputs: Inputs, *, pixel_size: float | None = None, no_ctf: bool = False) -> list[str]:
