@@ -66,4 +66,3 @@ ARRAYS = (
     "input_pixel_size",
 )
 OPTIONAL_ARRAYS = ("scale", "uid", "label")
-IMAGES_PER_CHUNK = MOST_IMAGES_PER_CHUNK
