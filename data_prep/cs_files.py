@@ -5,11 +5,12 @@ the same order. Called by `cryosparc.py`. Columns are read through memory maps, 
 header that promises more than the file holds is refused before anything is allocated.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
@@ -23,6 +24,8 @@ Columns = dict[str, NDArray[Any]]
 NUMPY_MAGIC, CSDAT_MAGIC = b"\x93NUMPY", b"\x94CSDAT"
 LARGEST_HEADER = 10**6
 """Characters in a .cs file's list of columns; numpy's own limit, 10,000, is too small for ten classes."""
+READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""By the version of numpy's format; a later one would be for column names beyond ASCII."""
 LARGEST_CSG = 10**6
 """Bytes; a result group is a page of text."""
 SLOTS = r"blob|ctf|alignments2D|alignments3D|alignments3D_multi|alignments_class_\d+"
@@ -55,26 +58,41 @@ def _read_cs(path: Path) -> NDArray[np.void]:
     """The rows [N] of one .cs file, mapped into memory; nothing in it is ever unpickled."""
     try:
         with open(path, "rb") as file:
-            magic = file.read(len(NUMPY_MAGIC))
+            count, dtype, offset = _read_header(path, file)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if dtype.hasobject:
+        raise SourceError(f"{path}: holds Python objects, which could run code and are not read")
+    if count < 1:
+        raise SourceError(f"{path}: the table has no rows")
+    if size < offset + count * dtype.itemsize:
+        whole = max(size - offset, 0) // dtype.itemsize
+        raise SourceError(f"{path}: truncated: {size} bytes hold {whole} of the {count} rows its header promises")
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[int, np.dtype, int]:
+    """Number of rows, columns, and the byte where the rows start, of a numpy file; leaves the errors of reading alone."""
+    magic = file.read(len(NUMPY_MAGIC))
     if magic == CSDAT_MAGIC:
         remedy = "load it with cryosparc-tools and save it in the numpy format"
         raise SourceError(f"{path}: in cryoSPARC's stream format; {remedy}")
     if magic != NUMPY_MAGIC:
         raise SourceError(f"{path}: not a cryoSPARC table: no numpy array in it")
+    file.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # files of cryoSPARC 2 were written by Python 2
-            rows = np.load(path, mmap_mode="r", allow_pickle=False, max_header_size=LARGEST_HEADER)
+            read = READ_HEADER[np.lib.format.read_magic(file)]
+            shape, _, dtype = read(file, max_header_size=LARGEST_HEADER)
+    except OSError:
+        raise
     except Exception as error:  # a damaged header can raise nearly anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise SourceError(f"{path}: not a cryoSPARC table ({reason})") from error
-    if rows.dtype.names is None or rows.ndim != 1:
-        raise SourceError(f"{path}: not a cryoSPARC table: an array {rows.shape} without named columns")
-    if len(rows) == 0:
-        raise SourceError(f"{path}: the table has no rows")
-    return rows
+        raise SourceError(f"{path}: not a cryoSPARC table: its header is damaged") from error
+    if dtype.names is None or dtype.itemsize == 0 or len(shape) != 1:
+        raise SourceError(f"{path}: not a cryoSPARC table: an array {shape} without named columns")
+    return shape[0], dtype, file.tell()
 
 
 def _metafiles(source: Path) -> list[tuple[Path, tuple[str, ...]]]:
@@ -93,8 +111,10 @@ def _metafiles(source: Path) -> list[tuple[Path, tuple[str, ...]]]:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{source}: not a cryoSPARC result group (no results with metafiles in it)") from error
-    if kind != "particle" or "blob" not in files:
-        raise SourceError(f"{source}: a group of {kind!r} with {', '.join(files) or 'no images'}; particles are needed")
+    if kind != "particle":
+        raise SourceError(f"{source}: a result group of type {kind!r}; one of particles is needed")
+    if "blob" not in files:
+        raise SourceError(f"{source}: names no images (blob), only {', '.join(files) or 'other results'}")
     slots: dict[str, list[str]] = {files["blob"]: []}
     for slot, file in files.items():
         slots.setdefault(file, []).append(f"{slot}/")

@@ -226,8 +226,8 @@ def test_a_result_group_takes_each_slot_from_the_file_it_names(shared_data, tmp_
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (GROUP.replace("type: particle\n", "type: volume\n"), ["'volume'", "particles are needed"]),
-        (GROUP.replace("  blob:", "  template:"), ["alignments3D, ctf", "particles are needed"]),
+        (GROUP.replace("type: particle\n", "type: volume\n"), ["'volume'", "particles is needed"]),
+        (GROUP.replace("  blob:", "  template:"), ["names no images", "alignments3D, ctf"]),
         ("", ["not a cryoSPARC result group"]),
         ("results: [1, 2]", ["not a cryoSPARC result group"]),
         ("a: b: c", ["not a cryoSPARC result group"]),
@@ -312,10 +312,19 @@ def test_python_objects_in_a_table_are_refused_and_not_unpickled(tmp_path, rows,
     assert not trace.exists()
 
 
-def test_a_header_that_promises_a_terabyte_is_refused(tmp_path, rows, refusal):
-    path = _saved(tmp_path / "a.cs", rows)
-    path.write_bytes(path.read_bytes().replace(b"(2019,)", b"(9999999999,)", 1))
+def test_a_header_of_rows_without_bytes_is_refused(tmp_path, refusal):
+    path = _saved(tmp_path / "a.cs", np.zeros(7, dtype=[("uid", "V0"), ("blob/path", "V0")]))
+    path.write_bytes(path.read_bytes().replace(b"(7,), }         ", b"(9999999999,), }"))
     refusal(SourceError, [str(path), "not a cryoSPARC table"], lambda: read_particles(path))
+
+
+def test_a_file_shorter_than_its_header_says_is_refused_with_what_it_holds(tmp_path, rows, refusal):
+    path = _saved(tmp_path / "a.cs", rows)
+    content = path.read_bytes()
+    path.write_bytes(content[: -3 * rows.itemsize + 1])
+    refusal(SourceError, [str(path), "truncated", "2016 of the 2019"], lambda: read_particles(path))
+    path.write_bytes(content.replace(b"(2019,)", b"(9999999999,)", 1))
+    refusal(SourceError, [str(path), "truncated", "of the 9999999999"], lambda: read_particles(path))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +333,7 @@ def test_a_header_that_promises_a_terabyte_is_refused(tmp_path, rows, refusal):
         (b"", ["no numpy array"]),
         (b"uid,path\n1,2\n", ["no numpy array"]),
         (b"\x94CSDAT and the rest", ["stream format", "cryosparc-tools"]),
-        (b"\x93NUMPY", ["not a cryoSPARC table"]),
+        (b"\x93NUMPY", ["header is damaged"]),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(tmp_path, refusal, content, words):
