@@ -130,6 +130,34 @@ def test_prep_tells_what_is_wrong_with_files(tmp_path, write_particles, mistake)
     assert not store.exists()
 
 
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(tmp_path, write_particles, command):
+    star = write_particles(tmp_path / "in", count=150, box=16)
+    code, output, errors = command(
+        "prep", star, tmp_path / "store", "--dry-run", "--images-per-shard", 64, "--workers", 2
+    )
+    assert (code, output) == (0, "")
+    for words in ("150 images of 16 px", "0.1 MiB in 3 shard(s)", "0.1 MiB in 3 stack(s) to read", "for 2 process(es)"):
+        assert words in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_dry_run_finds_what_prep_would_refuse(tmp_path, write_particles, mistake):
+    star = write_particles(tmp_path / "in", noise=1.0, contrast=0.0)
+    mistake(["prep", star, tmp_path / "store", "--dry-run"], star, "give the sign")
+
+
+def test_checking_paths_lists_every_missing_stack(tmp_path, write_particles, command):
+    star = write_particles(tmp_path / "in", count=200)
+    assert command("prep", star, tmp_path / "store", "--check-paths")[:2] == (0, f"{star}: every stack is there\n")
+    for name in ("part00", "part02"):
+        (star.parent / "stacks" / f"{name}.mrcs").unlink()
+    code, output, _ = command("prep", star, tmp_path / "store", "--check-paths")
+    assert code == 2
+    assert "2 of 4 stacks" in output
+    assert output.count("missing: stacks/part0") == 2
+    assert not (tmp_path / "store").exists()
+
+
 def test_stacks_of_different_boxes_are_told(tmp_path, write_particles, mistake):
     star = write_particles(tmp_path / "in")
     with mrcfile.new(tmp_path / "in" / "stacks" / "part02.mrcs", overwrite=True) as mrc:
