@@ -65,10 +65,10 @@ def files_of_set(source: Path, blocks: dict[str, Columns]) -> tuple[Path, Path]:
 def find_tomograms(source: Path) -> Path:
     """The tomograms of the particle file `source`: what an optimisation set beside it says, or by their usual names."""
     for path in sorted(source.parent.glob("*optimisation_set.star")):
-        blocks = read_blocks(path, SET_LABELS)
-        for columns in blocks.values():
-            if [Path(name).name for name in columns.get("rlnTomoParticlesFile", [])] == [source.name]:
-                return files_of_set(path, blocks)[1]
+        for columns in read_blocks(path, SET_LABELS).values():
+            named = [Path(name).name for name in columns.get("rlnTomoParticlesFile", [])]
+            if named == [source.name] and "rlnTomoTomogramsFile" in columns:
+                return find_beside(columns["rlnTomoTomogramsFile"][0], path)
     for path in (source.with_name(f"{source.stem}_tomograms.star"), source.with_name("tomograms.star")):
         if path.is_file():
             return path
@@ -91,27 +91,31 @@ def read_series(tomograms: Path, names: Iterable[str]) -> tuple[dict[str, Series
     series, files = {}, []
     for name in names:
         if name not in row_of:
-            raise SourceError(
-                f"{tomograms}: no tomogram {name}, which the particles name; it lists {', '.join(row_of)}"
-            )
+            first = next(iter(row_of), "none")
+            raise SourceError(f"{tomograms}: no tomogram {name}, which the particles name; it lists {first}, ...")
         tomogram = {label: cells[row_of[name]] for label, cells in listed.items()}
         if name in blocks:
-            series[name] = _series(tomograms, f"data_{name}", tomogram, blocks[name])
+            series[name] = _series(tomograms, tomograms, f"data_{name}", tomogram, blocks[name])
         elif "rlnTomoTiltSeriesStarFile" in tomogram:
             files.append(find_beside(tomogram["rlnTomoTiltSeriesStarFile"], tomograms))
             tilts = [b for b in read_blocks(files[-1], TILT_LABELS).values() if "rlnDefocusU" in b]
-            series[name] = _series(files[-1], "tilts", tomogram, tilts[0] if tilts else {})
+            series[name] = _series(tomograms, files[-1], "tilts", tomogram, tilts[0] if tilts else {})
         else:
             raise SourceError(f"{tomograms}: neither a block data_{name} nor a column rlnTomoTiltSeriesStarFile")
     return series, files
 
 
-def _series(path: Path, block: str, tomogram: dict[str, str | float], tilts: Columns) -> Series:
+def _series(tomograms: Path, path: Path, block: str, tomogram: dict[str, str | float], tilts: Columns) -> Series:
+    given = {label: _number(tomograms, tomogram, label) for label, kind in TOMOGRAM_LABELS.items() if kind is float}
+    pixel_size = given["rlnTomoTiltSeriesPixelSize"]
+    if not pixel_size or pixel_size < 0:
+        raise SourceError(
+            f"{tomograms}: rlnTomoTiltSeriesPixelSize is missing or not positive; RELION and Warp write it"
+        )
     where = f"{path} ({block})"
     for label in ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle"):
         if label not in tilts:
             raise SourceError(f"{where}: column {label} is missing; estimate the CTF of the tilt series first")
-    given = {label: _number(path, tomogram, label) for label in TOMOGRAM_LABELS if TOMOGRAM_LABELS[label] is float}
     count = len(tilts["rlnDefocusU"])
     ctf = [
         numbers(path, tilts, label) if label in tilts else np.full(count, default)
@@ -119,9 +123,6 @@ def _series(path: Path, block: str, tomogram: dict[str, str | float], tilts: Col
     ]
     doses = numbers(path, tilts, "rlnMicrographPreExposure") if "rlnMicrographPreExposure" in tilts else np.zeros(count)
     b_factor = (given["rlnCtfBfactorPerElectronDose"] or 0.0) * doses
-    pixel_size = given["rlnTomoTiltSeriesPixelSize"]
-    if not pixel_size or pixel_size < 0:
-        raise SourceError(f"{path}: rlnTomoTiltSeriesPixelSize is missing or not positive; RELION and Warp write it")
     size = [given[f"rlnTomoSize{axis}"] for axis in "XYZ"]
     hand, slope = given["rlnTomoHand"], given["rlnTomoDefocusSlope"]
     return Series(
