@@ -3,7 +3,6 @@
 Called by `convert.py`.
 """
 
-import hashlib
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from data_prep.cryodrgn import with_cryodrgn_poses
 from data_prep.images import centre_contrast, protein_sign
 from data_prep.locate import find_stacks, renamed
 from data_prep.recipe import SAME_EXTENT, Recipe, batches_in_file_order, raw_images
+from data_prep.shards import size_and_hash
 from data_prep.sources import read_particles
 from data_prep.stacks import Stack, open_stack
 from data_prep.table import ParticleTable
@@ -121,8 +121,7 @@ def make_plan(inputs: Inputs, options: Options) -> Plan:
         table = with_cryodrgn_poses(table, inputs.poses, extents_a)
     elif table.rotations is None and not options.allow_missing_poses:
         raise SourceError(
-            f"{source}: no poses (rlnAngleRot, rlnAngleTilt, rlnAnglePsi or alignments3D/pose); refine it first, "
-            "or give a cryoDRGN pose pickle as poses"
+            f"{source}: no poses ({table.missing_poses}); refine it first, or give a cryoDRGN pose pickle as poses"
         )
     extent_a = float(extents_a.min())
     if options.radius_a is not None and not 0 < options.radius_a < 0.6 * extent_a:
@@ -155,7 +154,9 @@ def make_plan(inputs: Inputs, options: Options) -> Plan:
         images_per_chunk=chunk,
         images_per_shard=shard,
         options=options,
-        inputs=[_identity(role, path) for role, path in _files(inputs)],
+        inputs=[
+            {"role": role, "path": str(path.absolute()), **size_and_hash(path)} for role, path in _files(inputs, table)
+        ],
     )
 
 
@@ -172,10 +173,10 @@ def read_inputs(inputs: Inputs, pixel_size: float | None, no_ctf: bool) -> Parti
     )
 
 
-def _files(inputs: Inputs) -> list[tuple[str, Path]]:
-    """(role, path) of every file given, stacks apart."""
-    single = (("particles", inputs.particles), ("poses", inputs.poses), ("ctf", inputs.ctf), ("labels", inputs.labels))
-    return [(role, path) for role, path in single if path] + [("passthrough", path) for path in inputs.passthrough]
+def _files(inputs: Inputs, table: ParticleTable) -> list[tuple[str, Path]]:
+    """(role, path) of every file that was read, stacks apart."""
+    given = (("particles", inputs.particles), ("poses", inputs.poses), ("ctf", inputs.ctf), ("labels", inputs.labels))
+    return [(role, path) for role, path in given if path] + [("metadata", path) for path in table.also_read]
 
 
 def mixed_order(
@@ -291,9 +292,3 @@ def _read_labels(path: Path, table: ParticleTable) -> NDArray[np.int32]:
             f"{path}: labels of shape {labels.shape}, type {labels.dtype}; expected {len(table)} integers"
         )
     return labels.astype(np.int32)
-
-
-def _identity(role: str, path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    return {"role": role, "path": str(path.absolute()), "bytes": len(content), "sha256": digest}

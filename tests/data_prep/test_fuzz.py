@@ -4,6 +4,7 @@ The damage is what disks, editors and other programs do: bytes turned, files cut
 numbers that are huge, missing or no numbers. Every case is its number: `_damaged` makes it again.
 """
 
+import hashlib
 import pickle
 import resource
 import shutil
@@ -241,6 +242,18 @@ def intact(tmp_path_factory, write_particles) -> Path:
 def test_the_intact_file_gives_a_store(intact, tmp_path, kind):
     KINDS[kind][1](intact, tmp_path / "store")
     assert ParticleStore.open(tmp_path / "store").count == COUNT
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [("csg", {"group.csg", "main.cs", "more.cs"}), ("list", {"list.txt", "poses.pkl", "ctf.pkl"})],
+)
+def test_every_file_that_was_read_is_recorded_with_its_hash(intact, tmp_path, kind, read):
+    KINDS[kind][1](intact, tmp_path / "store")
+    inputs = ParticleStore.open(tmp_path / "store").attributes["inputs"]
+    assert {Path(entry["path"]).name for entry in inputs} == read
+    for entry in inputs:
+        assert hashlib.sha256(Path(entry["path"]).read_bytes()).hexdigest() == entry["sha256"]
 
 
 @pytest.mark.slow
