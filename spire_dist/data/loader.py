@@ -4,6 +4,7 @@ Images come from memory (`resident.py`) or block by block from the store (`block
 batch holds does not depend on which. Called by training, by the consensus map and by benchmarks.
 """
 
+import atexit
 import queue
 import threading
 import time
@@ -131,6 +132,9 @@ class Prefetcher:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True)
         self._thread.start()
+        atexit.register(
+            self.close
+        )  # of reading processes, which ignore the signal that would end them, Python awaits the end
 
     def _fill(self, batches: Generator[Batch]) -> None:
         with closing(batches):
@@ -161,6 +165,7 @@ class Prefetcher:
         """End the reading thread, and the processes it started."""
         self._closed.set()
         self._thread.join()
+        atexit.unregister(self.close)
 
 
 def _taken(images: NDArray[Any] | Tensor, places: NDArray[np.int64]) -> Tensor:

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.convert import prepare
-from spire_dist.data.store import ParticleStore
+from spire_dist.data.store import ParticleStore, map_table
 from spire_dist.errors import StoreError
+from spire_dist.schema import ARRAYS, OPTIONAL_ARRAYS
 
 
-@pytest.fixture(scope="module", params=["float16", "float32"])
+@pytest.fixture(scope="module", params=["float16", "float32", "compact"])
 def store(request, tmp_path_factory, write_particles):
     """150 particles in shards of 64, so the last shard and the last chunk are short."""
     folder = tmp_path_factory.mktemp("store")
@@ -25,10 +26,16 @@ def store(request, tmp_path_factory, write_particles):
 @given(rows=st.lists(st.integers(0, 149), max_size=40))
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_rows_in_any_order_are_what_zarr_reads(store, rows):
-    images = ParticleStore.open(store).read(np.array(rows, dtype=int))
-    expected = zarr.open_group(store, mode="r")["images"][...][np.array(rows, dtype=int)]
+    particles, group, rows = ParticleStore.open(store), zarr.open_group(store, mode="r"), np.array(rows, dtype=int)
+    expected = group["images"][...][rows]
+    np.testing.assert_array_equal(particles.stored(rows), expected)
+    assert particles.stored(rows).dtype == expected.dtype == particles.image_dtype
+    expected = expected.astype(np.float32)
+    if "scale" in group:
+        expected *= group["scale"][...][rows, None, None]
+    images = particles.read(rows)
     assert images.dtype == np.float32
-    np.testing.assert_array_equal(images, expected.astype(np.float32))
+    np.testing.assert_array_equal(images, expected)
 
 
 def test_runs_across_chunks_and_shards_are_what_zarr_reads(tmp_path, write_particles):
@@ -41,8 +48,13 @@ def test_runs_across_chunks_and_shards_are_what_zarr_reads(tmp_path, write_parti
 
 def test_tables_are_what_zarr_reads_and_source_index_is_a_permutation(store):
     particles, group = ParticleStore.open(store), zarr.open_group(store, mode="r")
-    for name in ("rotations", "shifts", "ctf", "optics_group", "source_index"):
-        np.testing.assert_array_equal(getattr(particles, name), group[name][...])
+    for name in (name for name in (*ARRAYS, *OPTIONAL_ARRAYS) if name != "images"):
+        found = getattr(particles, name)
+        if name in group:
+            np.testing.assert_array_equal(found, group[name][...])
+            assert found.dtype == group[name].dtype
+        else:
+            assert found is None
     assert sorted(particles.source_index) == list(range(150))
     assert (particles.count, len(particles), particles.box, particles.pixel_size) == (150, 150, 16, 2.0)
     assert particles.label is None
@@ -88,9 +100,35 @@ def test_a_damaged_shard_is_named_when_it_is_read(tmp_path, write_particles, ref
     refusal(StoreError, [str(shard), "verify"], lambda: particles.read([0, 70]))
 
 
-def test_reading_and_writing_stores_needs_no_torch():
-    code = (
-        "import sys, data_prep.convert, data_prep.checks, spire_dist.data.store; "
-        "sys.exit(bool({'torch', 'ray', 'deepspeed'} & set(sys.modules)))"
-    )
+@pytest.mark.parametrize(
+    "modules", [("torch", "data_prep.convert", "data_prep.checks"), ("zarr", "spire_dist.data.store")]
+)
+def test_writing_stores_needs_no_torch_and_reading_them_no_zarr(modules):
+    forbidden, *wanted = modules
+    code = f"import sys, {', '.join(wanted)}; sys.exit(bool({{'torch', 'ray', '{forbidden}'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tables_are_views_of_their_files_that_cannot_be_written(store):
+    particles = ParticleStore.open(store)
+    for name in ("rotations", "shifts", "ctf", "source_index"):
+        table = getattr(particles, name)
+        assert isinstance(table.base, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            table[0] = 0
+
+
+def test_a_table_of_several_or_compressed_chunks_is_refused(tmp_path):
+    group = zarr.create_group(tmp_path)
+    group.create_array("a", data=np.arange(10), chunks=(5,), compressors=None)
+    group.create_array("b", data=np.arange(10), chunks=(10,))
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match=f"{name} is not one uncompressed chunk"):
+            map_table(tmp_path, name)
+
+
+def test_a_table_of_nothing_but_zeros_is_what_zarr_reads(tmp_path):
+    group = zarr.create_group(tmp_path)
+    group.create_array("zeros", data=np.zeros((10, 2), np.int32), chunks=(10, 2), compressors=None)
+    assert not (tmp_path / "zeros" / "c").exists()
+    np.testing.assert_array_equal(map_table(tmp_path, "zeros"), group["zeros"][...])
