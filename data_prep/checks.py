@@ -34,12 +34,12 @@ def verify_store(store: Path, *, source: bool = True) -> list[str]:
     shards = {name: entry for name, entry in manifest["files"].items() if name.startswith(SHARDS)}
     tables = {name: entry for name, entry in manifest["files"].items() if name not in shards}
     if broken := _damaged_files(store, tables):  # then nothing that is read from them can be trusted
-        return [f"{path}: {found}; delete the store and run the same prep command again" for path, found in broken]
+        return [f"{path}: {found}; delete the store and run the command that made it again" for path, found in broken]
     particles = ParticleStore.open(store)
     problems = []
     for path, found in _damaged_files(store, shards):
         rows = shard_rows(particles.attributes, int(path.parts[-3]))
-        remedy = f"delete it and {MANIFEST_NAME}, then run the same prep command again"
+        remedy = f"delete it and {MANIFEST_NAME}, then run the command that made it again"
         problems.append(f"{path}: {found}: particles {rows.start} to {rows.stop - 1} of the store; {remedy}")
     if content_fingerprint(manifest["files"], particles.attributes) != manifest["fingerprint"]:
         problems.append(f"{store / MANIFEST_NAME}: its fingerprint is not that of its files; make the store again")
@@ -93,22 +93,31 @@ def _changed_inputs(particles: ParticleStore) -> list[str]:
 def _different_images(particles: ParticleStore) -> list[str]:
     """A sample of particles, made from the stacks again."""
     rows = np.unique(np.linspace(0, particles.count - 1, IMAGES_COMPARED).astype(np.int64))
+    sources, recipes = particles.source[rows], particles.attributes.get("recipes")  # those of a merged store differ
     try:
-        recipe = read_recipe(particles.path, particles.attributes, rows)
-        made = np.empty((len(rows), recipe.box, recipe.box), dtype=recipe.dtype)
-        scales = store_images(recipe, np.arange(len(rows)), made, np.arange(len(rows)))
-        found = particles.read(rows)
+        return [
+            problem
+            for source in np.unique(sources)
+            for problem in _different_from(particles, rows[sources == source], recipes[source] if recipes else {})
+        ]
     except SpireError as error:
         return [str(error)]
+
+
+def _different_from(particles: ParticleStore, rows: NDArray[np.int64], recipe_of_source: dict[str, Any]) -> list[str]:
+    """Particles [n] of one source, made again."""
+    recipe = read_recipe(particles.path, particles.attributes | recipe_of_source, rows)
+    made = np.empty((len(rows), recipe.box, recipe.box), dtype=recipe.dtype)
+    scales = store_images(recipe, np.arange(len(rows)), made, np.arange(len(rows)))
+    found = particles.read(rows)
     expected = made.astype(np.float32) * (1 if scales is None else scales[:, None, None])
     # Another machine's arithmetic may round the last bit differently.
     step = np.full(len(rows), 2e-3) if scales is None else scales
-    differs = (np.abs(found - expected) > step[:, None, None] * (1 + np.abs(expected))).any(axis=(1, 2))
+    differs = np.any(np.abs(found - expected) > step[:, None, None] * (1 + np.abs(expected)), axis=(1, 2))
     return [
-        f"{particles.path}: particle {row}, row {particles.source_index[row] + 1} of "
-        f"{particles.sources[particles.source[row]]}, is not what {recipe.name(i)} gives now"
-        for i, row in enumerate(rows)
-        if differs[i]
+        f"{particles.path}: particle {rows[i]}, row {particles.source_index[rows[i]] + 1} of "
+        f"{particles.sources[particles.source[rows[i]]]}, is not what {recipe.name(int(i))} gives now"
+        for i in np.flatnonzero(differs)
     ]
 
 
@@ -126,7 +135,10 @@ def _facts(particles: ParticleStore) -> list[tuple[str, str]]:
         ("store", str(particles.path)),
         ("particles", f"{particles.count}, {size / 2**20:.4g} MiB as {particles.image_dtype}"),
         ("images", f"{particles.box} px at {particles.pixel_size:.4g} Å/px = {side_a:.4g} Å"),
-        ("contrast", _sign_text(attributes["sign"])),
+        (
+            "contrast",
+            "; ".join(dict.fromkeys(_sign_text(made["sign"]) for made in attributes.get("recipes", [attributes]))),
+        ),
         ("background", _background_text(particles)),
         ("poses", _pose_text(particles)),
     ]
@@ -149,12 +161,15 @@ def _facts(particles: ParticleStore) -> list[tuple[str, str]]:
         facts.append(("left out", f"{', '.join(attributes['ignored_effects'])}: in the input, not in the image model"))
     if particles.label is not None:
         facts.append(("labels", f"{len(np.unique(particles.label))} true state(s)"))
-    source = attributes["inputs"][0]
     stacks = len(json.loads((particles.path / STACKS_NAME).read_text()))
-    facts += [
-        ("source", f"{source['path']} (sha256 {source['sha256'][:12]}), {stacks} image file(s)"),
-        ("fingerprint", particles.fingerprint),
-    ]
+    counts = np.bincount(particles.source)
+    inputs = [entry for entry in attributes["inputs"] if entry["role"] == "particles"]
+    for i, (source, count) in enumerate(zip(inputs, counts, strict=True)):
+        text = f"{source['path']} (sha256 {source['sha256'][:12]}), {count} particles"
+        facts.append(("" if i else "source", text))
+    facts.append(("images from", f"{stacks} file(s)"))
+    facts += [("" if i else "history", entry["did"]) for i, entry in enumerate(attributes.get("history", []))]
+    facts.append(("fingerprint", particles.fingerprint))
     return facts
 
 

@@ -29,7 +29,7 @@ def test_a_flipped_byte_is_named_by_shard_and_particles(store, shard, particles)
     content[1234] ^= 0x10
     path.write_bytes(content)
     (problem,) = verify_store(store, source=False)
-    for word in (str(path), "sha256", f"particles {particles}", "prep command again"):
+    for word in (str(path), "sha256", f"particles {particles}", "command that made it again"):
         assert word in problem
     assert "\n" not in problem
 
