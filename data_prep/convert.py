@@ -131,8 +131,9 @@ def begin(inputs: Inputs, options: Options, store: Path, workers: int = 1, *, dr
         if not (store / MANIFEST_NAME).exists():
             write_stacks(store, plan.recipe.stacks)  # which may have moved since
     else:
-        _refuse_full_disk(store, plan, workers)
+        needs = _what_it_takes(store, plan, workers)
         plan, sign = with_sign(plan)
+        print(needs, file=sys.stderr)
         if not dry_run:
             try:
                 write_tables(store, store_attributes(plan, sign), planned_tables(plan), plan.recipe.stacks)
@@ -279,8 +280,8 @@ def _refuse_difference(store: Path, begun: dict[str, Any], plan: Plan) -> None:
             raise StoreError(f"{now.path}: not the stack file {store} was begun with ({what}); {advice}")
 
 
-def _refuse_full_disk(store: Path, plan: Plan, workers: int) -> None:
-    """Say how much will be written and held, and refuse what cannot fit."""
+def _what_it_takes(store: Path, plan: Plan, workers: int) -> str:
+    """How much will be written, read and held, in one line. Raises ConfigError where the disk has no room for it."""
     count = len(plan.table)
     needed = count * plan.image_bytes
     free = shutil.disk_usage(existing_parent(store)).free
@@ -292,10 +293,9 @@ def _refuse_full_disk(store: Path, plan: Plan, workers: int) -> None:
         raise ConfigError(f"{store}: {line}, but only {readable(free)} are free; use a smaller box or another disk")
     at_once = min(workers, shards)
     memory = at_once * (WORKER_BYTES + min(plan.images_per_shard, count) * plan.image_bytes)
-    print(
+    return (
         f"{store}: {line} in {shards} shard(s), {readable(free)} free; {readable(sum(s.bytes for s in plan.recipe.stacks))} "
-        f"in {len(plan.recipe.stacks)} stack(s) to read; about {readable(memory)} of memory for {at_once} process(es)",
-        file=sys.stderr,
+        f"in {len(plan.recipe.stacks)} stack(s) to read; about {readable(memory)} of memory for {at_once} process(es)"
     )
 
 
