@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data_prep.star import Columns, numbers, read_blocks
 from data_prep.table import ParticleTable, sane_pixel_sizes
 from data_prep.tilt import PARTICLE_LABELS, one_image_for_each_tilt
 from data_prep.tomograms import SET_LABELS, files_of_set
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.physics.poses import matrices_from_relion_angles
 from spire_dist.schema import NO_CTF
+from spire_dist.star import Columns, numbers, read_blocks
 
 CTF_DEFAULTS = {
     "rlnDefocusU": None,

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.star import Columns, numbers, vectors
 from data_prep.table import ParticleTable
 from data_prep.tomograms import TILT_CTF, Series, find_tomograms, read_series
 from spire_dist.errors import SourceError
 from spire_dist.physics.poses import matrices_from_relion_angles
 from spire_dist.schema import CTF_COLUMNS
+from spire_dist.star import Columns, numbers, vectors
 
 PARTICLE_LABELS: dict[str, type] = {
     **dict.fromkeys(["rlnTomoName", "rlnTomoVisibleFrames"], str),

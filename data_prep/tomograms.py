@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from data_prep.locate import find_beside
-from data_prep.star import Columns, numbers, read_blocks, vectors
 from spire_dist.errors import SourceError
+from spire_dist.star import Columns, numbers, read_blocks, vectors
 
 SET_LABELS: dict[str, type] = {"rlnTomoParticlesFile": str, "rlnTomoTomogramsFile": str}
 """Labels of an optimisation set, which names the two files."""

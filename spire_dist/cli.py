@@ -169,6 +169,73 @@ def verify(
     _end_with(verify_store(store, source=source), f"{store}: good")
 
 
+@app.command("filter")
+def filter_(
+    store: Store,
+    out: Annotated[Path, typer.Argument(help="Store to make of the particles that are kept.")],
+    star: Annotated[
+        Path | None, typer.Option(help="Those that a RELION .star or cryoSPARC .cs or .csg file lists.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Those of these rows of the input, from 0 (cryoDRGN's --ind: .npy, .pkl, text).")
+    ] = None,
+    label: Annotated[list[int] | None, typer.Option(help="Those of this true state; repeatable.")] = None,
+    query: Annotated[str | None, typer.Option(help='Those for which it holds, e.g. "defocus_a < 20000".')] = None,
+    invert: Annotated[bool, typer.Option("--invert", help="All others instead.")] = False,
+) -> None:
+    """Make a store of some particles of another: those for which all conditions hold. Images are copied as they are."""
+    from data_prep.edit import filter_store
+
+    print(f"{out}: {filter_store(store, out, star=star, rows=rows, label=label, query=query, invert=invert)}")
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="Store to make.")],
+    stores: Annotated[list[Path], typer.Argument(help="Stores of one box and pixel size, two or more.")],
+    allow_duplicates: Annotated[
+        bool, typer.Option("--allow-duplicates", help="Images that two stores share may be there twice.")
+    ] = False,
+) -> None:
+    """Make one store of several; their full shards are linked, not copied."""
+    from data_prep.edit import merge as run
+
+    print(f"{out}: {run(stores, out, allow_duplicates=allow_duplicates)}")
+
+
+@app.command()
+def add(
+    store: Store,
+    source: Annotated[Path, typer.Argument(help="Particle file with the new particles, as for prep.")],
+    out: Annotated[Path, typer.Argument(help="Store to make of the old and the new particles.")],
+    datadir: Annotated[Path | None, typer.Option(help="Folder the stacks' paths start from.")] = None,
+    strip_prefix: Annotated[
+        str | None, typer.Option(help="What to leave out at the beginning of the stacks' names.")
+    ] = None,
+    passthrough: Annotated[
+        list[Path] | None, typer.Option(help="cryoSPARC .cs with further columns, joined by uid; repeatable.")
+    ] = None,
+    poses: Annotated[Path | None, typer.Option(help="cryoDRGN pose pickle to use instead of the file's poses.")] = None,
+    ctf: Annotated[Path | None, typer.Option(help="cryoDRGN CTF pickle to use instead of the file's CTFs.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="True state of every new particle (.npy or .pkl).")] = None,
+    sign: Annotated[
+        str | None, typer.Option(help="+ protein bright in the input, - dark, auto: find out [as for the store].")
+    ] = None,
+    allow_duplicates: Annotated[
+        bool, typer.Option("--allow-duplicates", help="Images that the store has may be there twice.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+) -> None:
+    """Make a store of another one and further particles, prepared in the same way."""
+    from data_prep.edit import add as run
+
+    done = run(
+        store, source, out, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (), poses=poses, ctf=ctf,
+        labels=labels, sign=sign, allow_duplicates=allow_duplicates, workers=workers,
+    )  # fmt: skip
+    print(f"{out}: {done}")
+
+
 @app.command()
 def train(
     config: Annotated[Path | None, typer.Argument(help="TOML file; see docs/config.md.")] = None,
@@ -233,7 +300,9 @@ def export(
     latents: Annotated[Path | None, typer.Option(help="Also maps at the latents of a .npy or text file.")] = None,
     atoms: Annotated[bool, typer.Option(help="Write the Gaussians as pseudo-atoms, coloured by part.")] = True,
     star: Annotated[bool, typer.Option(help="Write particles.star with latent columns.")] = True,
-    source: Annotated[Path | None, typer.Option(help="The input STAR or .cs, where it has moved.")] = None,
+    source: Annotated[
+        list[Path] | None, typer.Option(help="The input STAR or .cs, where it has moved; once for each of several.")
+    ] = None,
 ) -> None:
     """Write maps, latents, parts and a particles STAR for ChimeraX and RELION."""
     from spire_dist.results.export import export as run_export
@@ -241,7 +310,7 @@ def export(
     rows = [int(row) for row in _numbers("--particles", particles)] if particles else []
     written = run_export(
         run, out, path=None if path == "none" else path, frames=frames, clusters=clusters, particles=rows, latents=latents,
-        atoms=atoms, star=star, source=source,
+        atoms=atoms, star=star, source=source or (),
     )  # fmt: skip
     print(
         f"{out}: {len(written)} files, {written[0].name} to {written[-1].name}"

@@ -14,7 +14,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("spire_dist", "data_prep", "cluster")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    tuple(f"spire_dist.{name}" for name in ("schema", "errors", "files", "progress", "config", "numpy_pickle", "maps")),
+    tuple(
+        f"spire_dist.{name}"
+        for name in ("schema", "errors", "files", "progress", "config", "numpy_pickle", "maps", "star")
+    ),
     ("spire_dist.physics",),
     ("spire_dist.data", "spire_dist.distributed", "data_prep"),
     ("spire_dist.model", "spire_dist.simulation"),

@@ -6,7 +6,7 @@
     volumes.csv           latent of every map, and the input row of the particle nearest to it
     latents.npy .csv      [N, L] in store order; the table in the input's order, with the input row
     parts.cif parts.cxc   Gaussians along the path as pseudo-atoms (chain = part), and a ChimeraX script that shows all
-    particles.star        the input's own rows with the latents as extra columns
+    particles.star        the input's own rows with the latents as extra columns (particles-1.star ... of several files)
 
 Every file appears whole or not at all.
 """
@@ -25,7 +25,7 @@ from spire_dist.progress import progress
 from spire_dist.results import latent_paths
 from spire_dist.results.pseudo_atoms import write_chimerax_script, write_pseudo_atoms
 from spire_dist.results.runs import decode_in_batches
-from spire_dist.results.tables import source_path, write_latents_csv, write_particles
+from spire_dist.results.tables import source_paths, write_all_particles, write_latents_csv
 from spire_dist.training.run import FinishedRun, load_run
 
 CONTOUR_QUANTILE = 0.99
@@ -43,7 +43,7 @@ def export(
     latents: Path | None = None,
     atoms: bool = True,
     star: bool | None = True,
-    source: Path | None = None,
+    source: Path | Sequence[Path] = (),
     seed: int = 0,
 ) -> list[Path]:
     """Write the results of `run`, a run directory or an open run, into the folder `out`; returns the files written.
@@ -53,13 +53,14 @@ def export(
     clusters   also maps at this many k-means centres (each at the nearest particle)
     particles  also maps at these particles, by row in the input file (from 0)
     latents    also maps at the latents of a .npy or text file
-    atoms      write parts.cif and parts.cxc;  star: write particles.star (needs the input, or `source` where it moved)
-               (None: where the input is there)
+    atoms      write parts.cif and parts.cxc;  star: write particles.star (needs the input; None: where it is there)
+    source     the particle files the store was made from, in its order, where they have moved
     """
     run = load_run(run) if isinstance(run, Path) else run
+    given = [source] if isinstance(source, Path) else list(source)
     if star is None:
-        star = (source or Path(run.store.attributes["inputs"][0]["path"])).is_file()
-    particles_file = source_path(run.store, source) if star else None
+        star = all(path.is_file() for path in given or run.store.sources)
+    particle_files = source_paths(run.store, given) if star else []
     wanted: dict[str, NDArray] = {}
     if path is not None:
         wanted |= _numbered("path", latent_paths.named_path(run.latents, path, frames, seed))
@@ -91,10 +92,7 @@ def export(
     written += _write_latents(run, out)
     if atoms:
         written += _write_atoms(run, out, wanted, level)
-    if particles_file is not None:
-        written.append(out / "particles.star")
-        write_particles(written[-1], particles_file, run.latents, run.store.source_index)
-    return written
+    return written + write_all_particles(out, particle_files, run.store, run.latents)
 
 
 def _numbered(name: str, points: NDArray) -> dict[str, NDArray]:
@@ -125,7 +123,7 @@ def _write_volume_table(path: Path, run: FinishedRun, wanted: dict[str, NDArray]
 def _write_latents(run: FinishedRun, out: Path) -> list[Path]:
     with replacing(out / "latents.npy") as partial:
         np.save(partial, run.latents)
-    write_latents_csv(out / "latents.csv", run.latents, run.store.source_index, run.store.label)
+    write_latents_csv(out / "latents.csv", run.store, run.latents)
     return [out / "latents.npy", out / "latents.csv"]
 
 

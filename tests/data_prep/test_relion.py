@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from data_prep.relion import read_star
 from data_prep.sources import read_particles
-from data_prep.star import Columns, numbers, read_blocks
 from spire_dist.errors import SourceError
+from spire_dist.star import Columns, numbers, read_blocks
 
 PARTICLES = "particles/ml-struct-bio+cryodrgn/tests/data"
 METADATA = "metadata/ml-struct-bio+cryodrgn/tests/data"

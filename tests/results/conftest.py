@@ -66,6 +66,7 @@ def make_standin(folder: Path, noise: float = 0.05) -> StandIn:
     store = SimpleNamespace(
         path=folder / "particles.zarr", box=BOX, pixel_size=PIXEL_SIZE, count=count, rotations=rotations,
         shifts=rng.uniform(-20, 20, (count, 2)).astype(np.float32), ctf=ctf, source_index=source_index, label=None,
+        source=np.zeros(count, dtype=np.int32), sources=[star],
         attributes={"inputs": [{"path": str(star)}]},
         read=lambda rows: np.random.default_rng(1).normal(size=(len(rows), BOX, BOX)).astype(np.float32),
     )  # fmt: skip

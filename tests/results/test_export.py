@@ -1,5 +1,7 @@
 """What export writes is read back by the libraries of the field: mrcfile, starfile, gemmi, pandas."""
 
+from types import SimpleNamespace
+
 import gemmi
 import mrcfile
 import numpy as np
@@ -120,6 +122,54 @@ def test_cs_file_becomes_a_star_with_images_counted_from_one(tmp_path):
     assert table["rlnImageName"].tolist() == ["000001@J1/a.mrc", "000042@J1/b.mrc"]
     assert table["spireCryosparcUid"].tolist() == [str(2**63 + 5), "7"]
     assert "_rlnSpireLatent1 #3" in text
+
+
+def test_a_star_is_copied_to_the_byte_but_for_the_latents(tmp_path):
+    """Comments, blanks, quotes, line ends, other blocks and what RELION does not know."""
+    source, out = tmp_path / "in.star", tmp_path / "out.star"
+    before = "# made by hand\n\ndata_optics\r\nloop_\n_rlnVoltage\n300.0 # volts?\n\ndata_particles\n\nloop_ \n"
+    rows = ["'1@my dir/o\"brien.mrcs'   0.10\t", "2@a#b.mrcs 1e-3"]
+    after = "\n\ndata_last\n\n_rlnNote 'two  words'"
+    labels = "_rlnImageName #1\n_rlnOriginX #2\n"
+    source.write_bytes((before + labels + rows[0] + "\r\n\n" + rows[1] + "\n" + after).encode())
+    tables.write_particles(out, source, np.float32([[1], [2.5]]), np.array([1, 0]))
+    expected = before + labels + "_rlnSpireLatent1 #3\n" + rows[0].rstrip() + " 2.5\n\n2@a#b.mrcs 1e-3 1\n" + after
+    assert out.read_bytes() == expected.encode()
+    tables.write_particles(tmp_path / "again.star", out, np.float32([[7], [8]]), np.array([0, 1]))
+    again = (tmp_path / "again.star").read_text()
+    assert "0.10 7\n" in again
+    assert "1e-3 8\n" in again
+    assert again.count("_rlnSpireLatent1 #3") == 1
+
+
+def test_the_tilts_of_a_particle_give_it_their_mean(tmp_path):
+    source = tmp_path / "in.star"
+    starfile.write({"particles": pd.DataFrame({"rlnImageName": ["a.mrcs", "b.mrcs", "c.mrcs"]})}, source)
+    latents = np.float32([[1, 0], [4, 2], [3, 4], [6, 6]])
+    tables.write_particles(tmp_path / "out.star", source, latents, np.array([2, 0, 2, 2]))
+    table = starfile.read(tmp_path / "out.star", always_dict=True)["particles"]
+    np.testing.assert_allclose(table["rlnSpireLatent1"], [4, np.nan, 10 / 3], rtol=1e-6)
+    np.testing.assert_allclose(table["rlnSpireLatent2"], [2, np.nan, 10 / 3], rtol=1e-6)
+
+
+def test_a_store_of_several_files_gives_each_its_own_star(tmp_path):
+    files = [tmp_path / "a.star", tmp_path / "b.star"]
+    for path in files:
+        starfile.write({"particles": pd.DataFrame({"rlnImageName": ["1@a.mrcs", "2@a.mrcs"]})}, path)
+    store = SimpleNamespace(
+        sources=files, source=np.array([1, 0, 1, 0]), source_index=np.array([0, 1, 1, 0]), label=np.array([5, 6, 7, 8])
+    )
+    latents = np.float32([[10], [20], [30], [40]])
+    written = tables.write_all_particles(tmp_path, tables.source_paths(store), store, latents)
+    assert [path.name for path in written] == ["particles-1.star", "particles-2.star"]
+    for path, column in zip(written, ([40, 20], [10, 30]), strict=True):
+        assert starfile.read(path)["rlnSpireLatent1"].tolist() == column
+    tables.write_latents_csv(tmp_path / "latents.csv", store, latents)
+    table = pd.read_csv(tmp_path / "latents.csv")
+    assert list(table.columns) == ["source", "source_row", "z1", "label"]
+    assert table.to_numpy().tolist() == [[1, 0, 40, 8], [1, 1, 20, 6], [2, 0, 10, 5], [2, 1, 30, 7]]
+    with pytest.raises(ConfigError, match="1 files for a store made of 2"):
+        tables.source_paths(store, files[:1])
 
 
 def test_input_that_moved_is_named_before_anything_is_written(standin, tmp_path):

@@ -1,4 +1,4 @@
-"""STAR files as columns, every row checked. Called by `relion.py` and `tilt.py`.
+"""STAR files as columns, every row checked. Read by `data_prep.relion`, `data_prep.tomograms` and `results.tables`.
 
 Read here and not by the starfile library, which fills a short row up with NaN, makes a quotation mark of an apostrophe in
 a path, cuts a row at a # within a name, lets the last of two equal labels or blocks win, and takes 3 GB for a million
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.table import finite
 from spire_dist.errors import SourceError
 
 Columns = dict[str, NDArray[Any]]
@@ -45,13 +44,13 @@ def read_blocks(source: Path, labels: Mapping[str, type]) -> dict[str, Columns]:
             if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
                 file.seek(0)
             for number, line in enumerate(file, start=1):
-                cells = line.split() if not (b'"' in line or b"'" in line or b"#" in line) else _cells(line)
+                cells = line.split() if not (b'"' in line or b"'" in line or b"#" in line) else split_cells(line)
                 if not cells:
                     continue
-                alone = len(cells) == 1
-                if table is not None and table.takes(cells[0]) and not (alone and _is_heading(cells[0])):
+                heading = is_heading(cells)
+                if table is not None and not heading and table.takes(cells[0]):
                     table.add(number, cells)
-                elif alone and _is_heading(cells[0]):
+                elif heading:
                     table = _Table(source, cells[0][5:].decode(errors="surrogateescape"), labels)
                     if tables.setdefault(table.name, table) is not table:
                         raise SourceError(f"{source}: line {number}: a second block data_{table.name}; one is expected")
@@ -69,7 +68,12 @@ def numbers(source: Path, columns: Columns, label: str) -> NDArray[np.float64]:
         for row, cell in enumerate(cells):
             if not _is_number(cell):
                 raise SourceError(f"{source}: {label} is {cell!r} in row {row + 1}; a number is needed")
-    return finite(source, label, cells)
+    values = cells.astype(np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        more = f" and {bad.size - 1} more" if bad.size > 1 else ""
+        raise SourceError(f"{source}: {label} is not a finite number in row {bad[0] + 1}{more}; correct or remove it")
+    return values
 
 
 def vectors(source: Path, columns: Columns, label: str) -> list[NDArray[np.float64]]:
@@ -83,6 +87,21 @@ def vectors(source: Path, columns: Columns, label: str) -> list[NDArray[np.float
                 f"{source}: {label} is {cell!r} in row {row + 1}; expected numbers like [1,0,0,0]"
             ) from None
     return rows
+
+
+def split_cells(line: bytes, *, quoted: bool = False) -> list[bytes]:
+    """The cells of a line: all from a # that begins one on is a comment, and quotes are removed unless `quoted`."""
+    found = []
+    for match in CELL.finditer(line):
+        if match.lastgroup == "comment":
+            break
+        found.append(match.group(0 if quoted else match.lastgroup or 0))
+    return found
+
+
+def is_heading(cells: list[bytes]) -> bool:
+    """Whether a line begins a block; a row may begin with the same letters, but has more cells."""
+    return len(cells) == 1 and cells[0][:5].lower() == b"data_"
 
 
 class _Table:
@@ -147,20 +166,6 @@ def _as_numbers(cells: list[bytes]) -> NDArray[Any]:
 
 def _as_text(cells: list[bytes]) -> NDArray[Any]:
     return np.array([cell.decode(errors="surrogateescape") for cell in cells], dtype=object)
-
-
-def _cells(line: bytes) -> list[bytes]:
-    """The cells of a line with quotation marks or a #: quotes are removed, and all from a # that begins a cell on."""
-    found = []
-    for match in CELL.finditer(line):
-        if match.lastgroup == "comment":
-            break
-        found.append(match.group(match.lastgroup or 0))
-    return found
-
-
-def _is_heading(cell: bytes) -> bool:
-    return cell[:5].lower() == b"data_"
 
 
 def _is_number(cell: Any) -> bool:
