@@ -61,6 +61,7 @@ LABELS: dict[str, type] = {
 """The columns that are read, and whether they hold numbers; all others are passed over."""
 
 LARGEST_BOX = 2**15
+IMAGE_NUMBER = re.compile("[0-9]{1,9}")
 
 
 def read_star(source: Path, pixel_size: float | None, no_ctf: bool, tomograms: Path | None = None) -> ParticleTable:
@@ -226,7 +227,7 @@ def _image_names(
     for row, name in enumerate(names):
         number, at, stacks[row] = name.rpartition("@")
         if at:
-            slices[row] = int(number) - 1 if re.fullmatch(r"[0-9]{1,9}", number) else -1
+            slices[row] = int(number) - 1 if IMAGE_NUMBER.fullmatch(number) else -1
         if slices[row] < 0 or not stacks[row].strip():
             raise SourceError(f"{source}: row {row + 1} has rlnImageName {name!r}; expected like 000001@stack.mrcs")
         if at and in_tilts:

@@ -44,7 +44,7 @@ def read_blocks(source: Path, labels: Mapping[str, type]) -> dict[str, Columns]:
             if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
                 file.seek(0)
             for number, line in enumerate(file, start=1):
-                cells = line.split() if not (b'"' in line or b"'" in line or b"#" in line) else split_cells(line)
+                cells = split_cells(line)
                 if not cells:
                     continue
                 heading = is_heading(cells)
@@ -91,6 +91,8 @@ def vectors(source: Path, columns: Columns, label: str) -> list[NDArray[np.float
 
 def split_cells(line: bytes, *, quoted: bool = False) -> list[bytes]:
     """The cells of a line: all from a # that begins one on is a comment, and quotes are removed unless `quoted`."""
+    if not (b'"' in line or b"'" in line or b"#" in line):
+        return line.split()  # a million rows in seconds
     found = []
     for match in CELL.finditer(line):
         if match.lastgroup == "comment":
