@@ -48,7 +48,7 @@ def merge(stores: Sequence[Path], out: Path, *, allow_duplicates: bool = False) 
     if len(opened) < 2:
         raise ConfigError(f"merge: {len(opened)} store(s) given; at least two are needed")
     _refuse_unlike([(store.path, store.attributes) for store in opened])
-    did = "merge: " + " and ".join(f"{store.count} particles of {store.path.name}" for store in opened)
+    did = " merged with ".join(f"{store.count} particles of {store.path.name}" for store in opened)
     return _merge(opened, Path(out), did, allow_duplicates)
 
 
@@ -94,7 +94,7 @@ def filter_store(
         kept, text = ~kept, f"not ({text})"
     if not kept.any():
         raise ConfigError(f"{old.path}: none of its {old.count} particles is kept by: {text}")
-    did = f"filter: {kept.sum()} of {old.count} particles kept: {text}"
+    did = f"{kept.sum()} of {old.count} particles kept: {text}"
     copy_rows([old], [(0, np.flatnonzero(kept))], Path(out), did)
     return did
 
@@ -131,7 +131,7 @@ def add(
         labels=labels,
     )
     options = Options(**old.attributes["options"] | {"box": old.box} | ({"sign": sign} if sign else {}))
-    did, new = f"add: {source} to {old.count} particles of {old.path.name}", out.with_name(f".{out.name}.new")
+    did, new = f"{source} added to {old.count} particles of {old.path.name}", out.with_name(f".{out.name}.new")
     if begun := begun_attributes(out):
         last = begun.get("history", [{"did": ""}])[-1]
         if not (last["did"].startswith(did) and last["fingerprints"][0] == old.fingerprint):

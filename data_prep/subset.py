@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from data_prep.cs_files import read_columns
 from data_prep.locate import PARENTS_SEARCHED
-from spire_dist.star import read_blocks
 from spire_dist import numpy_pickle
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.physics.poses import relion_angles_from_matrices
 from spire_dist.schema import CTF_COLUMNS, STACKS_NAME
+from spire_dist.star import read_blocks
 
 Kept = NDArray[np.bool_]
 """[N], which rows of the store."""
