@@ -7,7 +7,7 @@ questions for each place they may be in.
 from collections.abc import Iterator, Sequence
 from functools import cache
 from os import listdir
-from os.path import normpath
+from os.path import basename, dirname, isfile, join, normpath, splitext
 from pathlib import Path, PurePosixPath
 
 from spire_dist.errors import ConfigError, SourceError
@@ -43,7 +43,7 @@ def find_stack(name: str, source: Path, datadir: Path | None = None, strip_prefi
 
 def find_beside(name: str, source: Path) -> Path:
     """The file called `name` in `source`: at its absolute path, beside `source` or in the folders above it."""
-    for path in _places(name, source, None):
+    for path in map(Path, _places(name, _roots(source), None)):
         if path.is_file():
             return path
     raise SourceError(
@@ -78,11 +78,12 @@ def check_paths(
 def _find(names: Sequence[str], source: Path, datadir: Path | None, strip_prefix: str | None) -> list[Path | None]:
     if datadir is not None and not datadir.is_dir():
         raise ConfigError(f"datadir: {datadir} is not a folder; give the one that holds the stacks of {source.name}")
-    listing = cache(_listing)
+    listing, roots = cache(_listing), _roots(source)
     found: list[Path | None] = []
     taken: dict[Path, tuple[str, bool]] = {}
     for name, stripped in zip(names, _stripped(names, source, strip_prefix), strict=True):
-        path = next((p for p in _candidates(stripped, source, datadir) if p.name in listing(p.parent)), None)
+        there = (path for path in _candidates(stripped, roots, datadir) if basename(path) in listing(dirname(path)))
+        path = next(map(Path, there), None)
         found.append(path)
         if path is None:
             continue
@@ -95,7 +96,7 @@ def _find(names: Sequence[str], source: Path, datadir: Path | None, strip_prefix
     return found
 
 
-def _listing(folder: Path) -> frozenset[str]:
+def _listing(folder: str) -> frozenset[str]:
     try:
         return frozenset(listdir(folder))
     except (OSError, ValueError):  # ValueError: a byte that no name can have
@@ -110,22 +111,24 @@ def _stripped(names: Sequence[str], source: Path, prefix: str | None) -> list[st
     return [name.removeprefix(prefix).lstrip("/") if name.startswith(prefix) else name for name in names]
 
 
-def _candidates(name: str, source: Path, datadir: Path | None) -> Iterator[Path]:
-    places = list(_places(name, source, datadir))
-    yield from places
-    other = OTHER_SUFFIX.get(PurePosixPath(name).suffix)
-    if other:
-        yield from (place.with_suffix(other) for place in places)
+def _roots(source: Path) -> list[str]:
+    """The folders that names in `source` may be relative to."""
+    return [str(parent) for parent in list(source.absolute().parents)[:PARENTS_SEARCHED]]
 
 
-def _places(name: str, source: Path, datadir: Path | None) -> Iterator[Path]:
+def _candidates(name: str, roots: list[str], datadir: Path | None) -> Iterator[str]:
+    yield from _places(name, roots, datadir)
+    stem, suffix = splitext(name)
+    if suffix in OTHER_SUFFIX:
+        yield from _places(stem + OTHER_SUFFIX[suffix], roots, datadir)
+
+
+def _places(name: str, roots: list[str], datadir: Path | None) -> Iterator[str]:
     if datadir is not None:
-        parts = [part for part in PurePosixPath(name).parts if part not in ("/", "..")]
-        yield from (datadir.joinpath(*parts[first:]) for first in range(len(parts)))
-    elif name.startswith("/"):
-        yield Path(name)
+        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+        yield from (join(datadir, *parts[first:]) for first in range(len(parts)))
     else:
-        yield from (parent / name for parent in list(source.absolute().parents)[:PARENTS_SEARCHED])
+        yield from (join(root, name) for root in roots)  # the name itself where it is absolute
 
 
 def _missing(
@@ -146,6 +149,6 @@ def _helpful_prefix(name: str, source: Path) -> str:
     parts = PurePosixPath(name).parts
     for first in range(1, len(parts)):
         tail = "/".join(parts[first:])
-        if name.endswith(tail) and any(p.is_file() for p in _candidates(tail, source, None)):
+        if name.endswith(tail) and any(isfile(p) for p in _candidates(tail, _roots(source), None)):
             return name[: -len(tail)]
     return ""
