@@ -26,7 +26,7 @@ from data_prep import locate
 from data_prep.plan import Inputs, Options, Plan, make_plan, read_inputs, with_sign
 from data_prep.shards import is_noted, missing_shards, read_attributes, shards_of, write_shard
 from data_prep.writing import finish, planned_tables, write_stacks, write_tables
-from spire_dist.errors import ConfigError, StoreError
+from spire_dist.errors import ConfigError, SourceError, StoreError
 from spire_dist.files import remove
 from spire_dist.progress import progress
 from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME, SCHEMA_VERSION, STACKS_NAME
@@ -60,6 +60,7 @@ def prepare(
     allow_missing_poses: bool = False,
     workers: int | None = None,
     engine: Engine | None = None,
+    only_begin: bool = False,
     dry_run: bool = False,
 ) -> Path:
     """Convert the particles of a .star or .cs file into a store, or finish one that was begun by the same call.
@@ -86,6 +87,7 @@ def prepare(
         allow_missing_poses: make a store that can be looked at but not trained on.
         workers: processes; default one per core.
         engine: what makes the shards instead of processes of this machine.
+        only_begin: write all but the images; `complete` goes on from there, here or in another place.
         dry_run: check everything, say what it would take, and write nothing.
 
     Returns the store's path. Raises `ConfigError`, `SourceError` or `StoreError`, each in one line.
@@ -114,8 +116,13 @@ def prepare(
         allow_missing_poses=allow_missing_poses,
     )
     store, workers = Path(store), workers or len(os.sched_getaffinity(0))
-    if begin(inputs, options, store, workers, dry_run=dry_run):
-        complete(store, engine or partial(in_processes, workers=workers))
+    if begin(inputs, options, store, workers, dry_run=dry_run) and not only_begin:
+        try:
+            complete(store, engine or partial(in_processes, workers=workers))
+        except SourceError:
+            if len(missing_shards(store)) == len(shards_of(read_attributes(store))):  # nothing to go on from
+                remove(store)
+            raise
     return store
 
 
@@ -148,14 +155,14 @@ def complete(store: Path, engine: Engine, what: str = "prep") -> None:
         return
     attributes = read_attributes(store)
     try:
-        for leftover in store.rglob("*.partial*"):  # of a write that was killed
-            remove(leftover)
         missing, total = missing_shards(store), len(shards_of(attributes))
         for _ in progress(engine(store, missing), what, total=total, unit="shard", done=total - len(missing)):
             pass
         unmade = [shard for shard in missing if not is_noted(store, shard)]
         if unmade:
             raise StoreError(f"{store}: {len(unmade)} of {total} shards were not made; run the same command again")
+        for leftover in list(store.rglob("*.partial*")):  # of writes that were killed, now or in an earlier call
+            remove(leftover)
         finish(store, attributes)
     except OSError as error:
         raise cannot_write(store, error) from error
