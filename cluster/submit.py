@@ -1,7 +1,8 @@
-"""Queue a training run and return at once: submitit writes the batch file, keeps the log and queues the job again.
+"""Queue work and return at once: submitit writes the batch file, keeps the log and queues the job again.
 
-Called by `spire-dist submit` and from notebooks; one node and one task. `slurm/train.sh` is the same job by hand.
-submitit is imported inside the functions, because the core works without it.
+`submit`, of `spire-dist submit` and notebooks, queues a training run: one node, one task; `slurm/train.sh` is the same job by
+hand. `queue` and what it needs serve `prep_jobs.py` as well. submitit is imported inside the functions, because the core
+works without it.
 """
 
 import os
@@ -9,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -62,7 +65,7 @@ def submit(
         memory_gib=memory_gib,
         sbatch=sbatch,
     )
-    return queue(command, run.resolve() / "jobs", cluster, parameters)
+    return queue([Job(tuple(command))], run.resolve() / "jobs", cluster, parameters)
 
 
 def job_parameters(
@@ -96,30 +99,39 @@ def _sbatch_option(text: str) -> tuple[str, str | bool]:
     return key.replace("-", "_"), value if equals else True
 
 
-def queue(command: list[str], folder: Path, cluster: Cluster, parameters: dict[str, Any]) -> str:
-    """Hand `command` to the queue, keep log and job files in `folder`, and return the job id."""
-    if cluster not in get_args(Cluster):
-        raise ConfigError(f"--cluster {cluster}: not known; choose one of {', '.join(get_args(Cluster))}")
-    try:
-        import submitit
-        from submitit.core.utils import FailedJobError
-    except ModuleNotFoundError as error:
-        raise ConfigError("submit: submitit is not installed; pip install 'spire-dist[slurm]'") from error
-    if cluster == "slurm" and (shutil.which("sbatch") is None or shutil.which("srun") is None):
-        raise ConfigError("--cluster slurm: no sbatch and srun here; submit from a login node, or use --cluster local")
+def queue(tasks: Sequence["Task"], folder: Path, cluster: Cluster, parameters: dict[str, Any], after: str = "") -> str:
+    """Hand tasks to the queue, several as one array; keep logs and job files in `folder`, and return the job's id.
+
+    They start when the job `after` has ended, well or not.
+    """
+    require(cluster, "--cluster")
+    import submitit
+    from submitit.core.utils import FailedJobError
 
     new_folders = [path for path in (folder.parent, folder) if not path.exists()]
     # The cluster is always named: left to itself submitit takes Slurm wherever its client is installed.
     executor = submitit.AutoExecutor(
         folder, cluster, slurm_max_num_timeout=MAX_TIME_LIMITS, local_max_num_timeout=MAX_TIME_LIMITS
     )
-    executor.update_parameters(**parameters)
+    executor.update_parameters(**parameters, **({"slurm_dependency": f"afterany:{after}"} if after else {}))
     try:
-        return executor.submit(Job(tuple(command))).job_id
+        with executor.batch():
+            jobs = [executor.submit(task) for task in tasks]
     except FailedJobError as error:
         if new_folders:
             shutil.rmtree(new_folders[0])
         raise RunError(f"sbatch refused the job: {_last_line(str(error))}") from error
+    return jobs[0].job_id.split("_")[0]
+
+
+def require(cluster: Cluster, option: str) -> None:
+    """Raise ConfigError, naming the option that asked for it, where a queue is not known or not here."""
+    if cluster not in get_args(Cluster):
+        raise ConfigError(f"{option} {cluster}: not known; choose one of {', '.join(get_args(Cluster))}")
+    if find_spec("submitit") is None:
+        raise ConfigError(f"{option} {cluster}: submitit is not installed; pip install 'spire-dist[slurm]'")
+    if cluster == "slurm" and (shutil.which("sbatch") is None or shutil.which("srun") is None):
+        raise ConfigError(f"{option} slurm: no sbatch and srun here; call it on a login node, or with {option} local")
 
 
 def _last_line(text: str) -> str:
@@ -127,9 +139,23 @@ def _last_line(text: str) -> str:
     return next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "no reason given")
 
 
+class Task(ABC):
+    """What submitit pickles and calls in a job; called again, after a time limit or in another place, it goes on."""
+
+    @abstractmethod
+    def __call__(self) -> None:
+        """Do the work, or what is left of it."""
+
+    def checkpoint(self) -> "DelayedSubmission":
+        """What is queued next: the same."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
 @dataclass(frozen=True)
-class Job:
-    """What submitit pickles and calls in the job: a command that saves and ends with 75 when it receives TERM."""
+class Job(Task):
+    """A command that saves and ends with 75 when it receives TERM."""
 
     command: tuple[str, ...]
 
@@ -142,12 +168,6 @@ class Job:
             signal.raise_signal(signal.SIGUSR2)
         if code != 0:
             raise RunError(f"{' '.join(self.command)}: ended with exit code {code}; its last lines above say why")
-
-    def checkpoint(self) -> "DelayedSubmission":
-        """The same command again: it goes on from the run directory."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
 
 
 def run_passing_stops_on(command: Sequence[str]) -> int:

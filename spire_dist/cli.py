@@ -126,6 +126,16 @@ def prep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what it takes, write nothing.")
     ] = False,
+    engine: Annotated[str, typer.Option(help="Who makes the images: local, ray or slurm; the same bytes.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray: auto, host:port or ray://host:port [RAY_ADDRESS, else its own cluster].")
+    ] = None,
+    tasks: Annotated[int, typer.Option(help="Slurm: jobs that share the work, one core each.")] = 16,
+    partition: Annotated[str | None, typer.Option(help="Slurm: partition.")] = None,
+    time_min: Annotated[int, typer.Option(help="Slurm: time limit, minutes; what is left is queued again.")] = 60,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="Slurm: any further sbatch option as key=value, repeatable.")
+    ] = None,
 ) -> None:
     """Convert particles once into a store that training can stream."""
     from data_prep.convert import check_paths, prepare
@@ -137,14 +147,27 @@ def prep(
         )
         _end_with(check_paths(files, pixel_size=pixel_size, no_ctf=True), f"{source}: every stack is there")
         return
+    made_by = None
+    if engine != "local":
+        from cluster.prep_jobs import choose_engine
+
+        made_by = choose_engine(engine, ray_address, workers)
     prepare(
         source, store, box=box, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (), sign=sign,
         radius_a=radius_a, pixel_size=pixel_size, poses=poses, ctf=ctf, labels=labels, no_ctf=no_ctf, normalise=normalise,
         allow_missing_poses=allow_missing_poses, shuffle=shuffle, dtype=dtype, images_per_shard=images_per_shard,
-        workers=workers, seed=seed, dry_run=dry_run,
+        workers=workers, seed=seed, dry_run=dry_run, engine=made_by, only_begin=engine == "slurm",
     )  # fmt: skip
-    if not dry_run:
-        print(f"{store}: ready; look at it with: spire-dist inspect {store}")
+    if dry_run:
+        return
+    if engine == "slurm":
+        from cluster.prep_jobs import queue_shards
+
+        jobs = queue_shards(store, tasks=tasks, partition=partition, time_min=time_min, sbatch=sbatch or ())
+        if jobs:
+            print(f"{store}: ready when job {jobs[-1]} has ended; queued: {' '.join(jobs)}, logs in {store}.jobs")
+            return
+    print(f"{store}: ready; look at it with: spire-dist inspect {store}")
 
 
 @app.command()

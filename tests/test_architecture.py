@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "submitit": ("cluster.submit",),
-    "ray": (),
+    "ray": ("cluster.ray_cluster", "cluster.prep_jobs", "cluster.ray_loader"),
     "deepspeed": (),
 }
 """The only modules that may import each of the heavy optional libraries, anywhere in them."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.submit import job_parameters, queue, submit
+from cluster.submit import Job, job_parameters, queue, submit
 from spire_dist.errors import ConfigError, RunError
 
 pytest.importorskip("submitit", reason="needs the extra [slurm]")
@@ -22,8 +22,8 @@ SMALL = {"time_min": 10, "gpus": 0, "cpus": 1, "memory_gib": 1.0, "partition": N
 
 def run_locally(script: str, folder: Path, timeout_s: float = 60.0) -> str:
     """Queue a Python script on this machine, wait for the end of the job, and return its log."""
-    command = [sys.executable, "-c", textwrap.dedent(script), str(folder)]
-    job = queue(command, folder / "jobs", "local", job_parameters(name="test", sbatch=(), **SMALL))
+    command = (sys.executable, "-c", textwrap.dedent(script), str(folder))
+    job = queue([Job(command)], folder / "jobs", "local", job_parameters(name="test", sbatch=(), **SMALL))
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(job)).wait(timeout_s)  # a local job's id is that of the process that starts it
     return "".join(path.read_text() for path in sorted((folder / "jobs").glob("*_log.*")))
@@ -88,10 +88,10 @@ def test_job_outlives_the_process_that_submitted_it(tmp_path: Path):
     script = f"""
         import sys
         from pathlib import Path
-        from cluster.submit import job_parameters, queue
+        from cluster.submit import Job, job_parameters, queue
         folder = Path({str(tmp_path)!r})
         work = "import time, pathlib; time.sleep(1); pathlib.Path({str(tmp_path / "done")!r}).touch()"
-        print(queue([sys.executable, "-c", work], folder / "jobs", "local",
+        print(queue([Job((sys.executable, "-c", work))], folder / "jobs", "local",
                     job_parameters(name="test", sbatch=(), **{SMALL!r})))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, stdout=subprocess.DEVNULL, timeout=60)
@@ -223,8 +223,6 @@ def test_mistake_in_the_config_is_told_before_the_queue(tmp_path: Path, slurm_co
 
 
 def test_cancelled_job_is_not_brought_back(slurm_commands: Path, monkeypatch: pytest.MonkeyPatch):
-    from cluster.submit import Job
-
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     requeued: list[int] = []

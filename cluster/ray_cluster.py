@@ -1,0 +1,84 @@
+"""A Ray cluster for a while: one that runs already, or one of this process that ends with it.
+
+Called by `prep_jobs.py` and `ray_loader.py`. Its workers run the very code of this process, wherever they are: the packages
+are sent to them, so that a checkout needs no installation and no node works with another version.
+"""
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spire_dist.errors import ConfigError
+
+PACKAGES = ("cluster", "data_prep", "spire_dist")
+SMALLEST_OBJECT_STORE = 80 * 2**20
+"""Bytes; Ray takes no less."""
+
+
+@contextmanager
+def ray_cluster(
+    address: str | None = None, cpus: int | None = None, object_store_bytes: int = SMALLEST_OBJECT_STORE
+) -> Iterator[None]:
+    """Inside the block this process is connected to a Ray cluster.
+
+    `address` is "auto" for one that runs on this machine, "host:port" or "ray://host:port". Without it the variable
+    RAY_ADDRESS counts, else a cluster of this machine is started, with `cpus` cores (default: all) and room for
+    `object_store_bytes` of shared objects, and stopped at the end. A connection that is there already is used and kept.
+    Raises ConfigError where Ray is not installed or nothing answers.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ConfigError("ray is not installed; pip install 'spire-dist[ray]'") from error
+    if ray.is_initialized():
+        yield
+        return
+    root = Path(__file__).parents[1]
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    options = {"runtime_env": {"py_modules": [str(root / name) for name in PACKAGES]}, "log_to_driver": False}
+    if address == "local":
+        options |= {
+            "num_cpus": cpus or len(os.sched_getaffinity(0)),
+            "object_store_memory": max(object_store_bytes, SMALLEST_OBJECT_STORE),
+            "include_dashboard": False,
+        }
+        # Else Ray leaves a token in the user's home, and reports its use. It remembers the token it first met.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _same_stop_signals():
+        try:
+            _answer(address)
+            ray.init(address, logging_level=logging.ERROR, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"Ray at {address}: cannot connect ({reason}); is the cluster running?") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _answer(address: str) -> None:
+    """Raise OSError where nobody listens at "host:port" or "ray://host:port": Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+@contextmanager
+def _same_stop_signals() -> Iterator[None]:
+    """Ray takes over TERM, on which training is to save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
