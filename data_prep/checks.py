@@ -3,7 +3,6 @@
 Called by `spire-dist verify` and `spire-dist inspect`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from data_prep.writing import content_fingerprint
 from spire_dist.data.store import SHARDS, ParticleStore, read_manifest
 from spire_dist.errors import SpireError
 from spire_dist.progress import progress
-from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME, STACKS_NAME
+from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME
 
 IMAGES_COMPARED = 64
 
@@ -77,7 +76,7 @@ def _damaged_files(store: Path, files: dict[str, dict[str, Any]]) -> list[tuple[
 
 
 def _changed_inputs(particles: ParticleStore) -> list[str]:
-    stacks = json.loads((particles.path / STACKS_NAME).read_text())
+    stacks = particles.read_stacks()
     problems = []
     for entry in (*particles.attributes["inputs"], *({"role": "stack"} | stack for stack in stacks)):
         path = Path(entry["path"])
@@ -85,7 +84,7 @@ def _changed_inputs(particles: ParticleStore) -> list[str]:
             problems.append(f"{path}: the {entry['role']} file is gone, so the store cannot be compared with it")
         elif path.stat().st_size != entry["bytes"]:
             problems.append(f"{path}: has {path.stat().st_size} bytes, had {entry['bytes']} when the store was made")
-        elif "sha256" in entry and size_and_hash(path)["sha256"] != entry["sha256"]:
+        elif entry.get("sha256") and size_and_hash(path)["sha256"] != entry["sha256"]:
             problems.append(f"{path}: its content changed since the store was made; make another store from it")
     return problems
 
@@ -161,11 +160,12 @@ def _facts(particles: ParticleStore) -> list[tuple[str, str]]:
         facts.append(("left out", f"{', '.join(attributes['ignored_effects'])}: in the input, not in the image model"))
     if particles.label is not None:
         facts.append(("labels", f"{len(np.unique(particles.label))} true state(s)"))
-    stacks = len(json.loads((particles.path / STACKS_NAME).read_text()))
+    stacks = len(particles.read_stacks())
     counts = np.bincount(particles.source)
     inputs = [entry for entry in attributes["inputs"] if entry["role"] == "particles"]
     for i, (source, count) in enumerate(zip(inputs, counts, strict=True)):
-        text = f"{source['path']} (sha256 {source['sha256'][:12]}), {count} particles"
+        known = f"sha256 {source['sha256'][:12]}" if source["sha256"] else f"{source['bytes']} bytes"
+        text = f"{source['path']} ({known}), {count} particles"
         facts.append(("" if i else "source", text))
     facts.append(("images from", f"{stacks} file(s)"))
     facts += [("" if i else "history", entry["did"]) for i, entry in enumerate(attributes.get("history", []))]

@@ -45,6 +45,7 @@ def prepare(
     datadir: Path | None = None,
     strip_prefix: str | None = None,
     passthrough: Sequence[Path] = (),
+    tomograms: Path | None = None,
     sign: str = "auto",
     radius_a: float | None = None,
     pixel_size: float | None = None,
@@ -54,7 +55,7 @@ def prepare(
     shuffle: bool = True,
     images_per_shard: int = 4096,
     dtype: str = "float16",
-    poses: Path | None = None,
+    poses: Path | Sequence[Path] = (),
     ctf: Path | None = None,
     normalise: bool = True,
     allow_missing_poses: bool = False,
@@ -72,6 +73,7 @@ def prepare(
         datadir: folder that the stacks' paths are relative to; default: beside the source and above it.
         strip_prefix: what to leave out at the beginning of the stacks' names.
         passthrough: cryoSPARC .cs files with further columns of the same particles, joined by uid.
+        tomograms: RELION's STAR file of the tilt series, where it does not lie beside the particles.
         sign: "+" where protein is bright in the input, "-" where dark, "auto" to find out from the images.
         radius_a: radius of the particle, Å; outside it is background. Default 0.4 of the image's side.
         pixel_size: Å/px of the input, overriding what the file says.
@@ -81,7 +83,7 @@ def prepare(
         shuffle: store in random order, which lets training read whole chunks.
         images_per_shard: images in one file, a multiple of 64; fewer where a file would exceed 256 MiB.
         dtype: of the images on disk: float16, float32, or compact (8 bits and compressed).
-        poses: cryoDRGN pose pickle, instead of the file's poses.
+        poses: cryoDRGN pose pickle, or rotations and shifts in two, instead of the file's poses.
         ctf: cryoDRGN CTF pickle, instead of the file's CTFs.
         normalise: bring each image's background to mean 0 and standard deviation 1 (off for noise-free images).
         allow_missing_poses: make a store that can be looked at but not trained on.
@@ -98,7 +100,8 @@ def prepare(
         datadir=datadir,
         strip_prefix=strip_prefix,
         passthrough=tuple(passthrough),
-        poses=poses,
+        tomograms=tomograms,
+        poses=(poses,) if isinstance(poses, Path) else tuple(poses),
         ctf=ctf,
         labels=labels,
     )
@@ -277,7 +280,7 @@ def _refuse_difference(store: Path, begun: dict[str, Any], plan: Plan) -> None:
     if len(begun["inputs"]) != len(plan.inputs):
         raise StoreError(f"{store}: begun with {len(begun['inputs'])} input files, now {len(plan.inputs)}; {advice}")
     for before, now in zip(begun["inputs"], plan.inputs, strict=True):
-        if (before["role"], before["sha256"]) != (now["role"], now["sha256"]):
+        if any(before[key] != now[key] for key in ("role", "bytes", "sha256")):
             what = f"{before['bytes']} bytes, sha256 {before['sha256'][:12]}"
             raise StoreError(f"{now['path']}: not the {now['role']} file {store} was begun with ({what}); {advice}")
     stacks = json.loads((store / STACKS_NAME).read_text())

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from data_prep.convert import begin, begun_attributes, complete, in_processes
 from data_prep.copying import copy_rows
-from data_prep.plan import Inputs, Options
+from data_prep.plan import STACK_SUFFIXES, Inputs, Options
 from data_prep.recipe import SAME_EXTENT
 from data_prep.shards import read_attributes, size_and_hash
 from data_prep.subset import by_query, in_file, in_rows, stack_paths, with_labels
@@ -107,7 +107,7 @@ def add(
     datadir: Path | None = None,
     strip_prefix: str | None = None,
     passthrough: Sequence[Path] = (),
-    poses: Path | None = None,
+    poses: Sequence[Path] = (),
     ctf: Path | None = None,
     labels: Path | None = None,
     sign: str | None = None,
@@ -126,7 +126,7 @@ def add(
         datadir=datadir,
         strip_prefix=strip_prefix,
         passthrough=tuple(passthrough),
-        poses=poses,
+        poses=tuple(poses),
         ctf=ctf,
         labels=labels,
     )
@@ -190,7 +190,8 @@ def _refuse_shared_images(stores: list[ParticleStore]) -> None:
 
     places, rows = [], []
     for store in stores:
-        hashes = [entry["sha256"] for entry in store.attributes["inputs"] if entry["role"] == "particles"]
+        files = [entry for entry in store.attributes["inputs"] if entry["role"] == "particles"]
+        hashes = [entry["sha256"] or entry["path"] for entry in files]  # a stack has none
         places.append(_keys(numbered(stack_paths(store))[store.stack], store.slice))
         rows.append(_keys(numbered(hashes)[store.source], store.source_index, store.slice))
     for keys in (places, rows):
@@ -215,5 +216,6 @@ def _keys(*columns: ArrayLike) -> NDArray[np.void]:
 
 
 def _refuse_changed(source: Path, begun: dict[str, Any], out: Path) -> None:
-    if not (source.is_file() and size_and_hash(source)["sha256"] in {entry["sha256"] for entry in begun["inputs"]}):
+    known = {entry["sha256"] for entry in begun["inputs"]}
+    if not (source.is_file() and (source.suffix.lower() in STACK_SUFFIXES or size_and_hash(source)["sha256"] in known)):
         raise StoreError(f"{source}: not the file whose particles {out} has; give another name")

@@ -32,6 +32,7 @@ DTYPES = {"float16": "float16", "float32": "float32", "compact": "int8"}
 """What the user may ask for, and what the images are on disk."""
 LARGEST_SHARD_BYTES = 2**28
 """A shard is made in memory, by each worker."""
+STACK_SUFFIXES = (".mrcs", ".mrc")
 RUNS_PER_SHARD = 32
 """Places of the input that a shard mixes, at least."""
 
@@ -48,8 +49,10 @@ class Inputs:
     """What to leave out at the beginning of the stacks' names."""
     passthrough: tuple[Path, ...] = ()
     """cryoSPARC .cs files with further columns of the same particles."""
-    poses: Path | None = None
-    """cryoDRGN pose pickle."""
+    tomograms: Path | None = None
+    """RELION's STAR file of the tilt series, where it does not lie beside the particles."""
+    poses: tuple[Path, ...] = ()
+    """cryoDRGN pose pickle, or its rotations and shifts in two."""
     ctf: Path | None = None
     """cryoDRGN CTF pickle."""
     labels: Path | None = None
@@ -117,7 +120,7 @@ def make_plan(inputs: Inputs, options: Options) -> Plan:
             f"{source}: its images were multiplied by their CTF (rlnCtfDataAreCtfPremultiplied is 1), which the image model "
             "does not undo; extract the particles without it"
         )
-    if inputs.poses is not None:
+    if inputs.poses:
         table = with_cryodrgn_poses(table, inputs.poses, extents_a)
     elif table.rotations is None and not options.allow_missing_poses:
         raise SourceError(
@@ -154,9 +157,7 @@ def make_plan(inputs: Inputs, options: Options) -> Plan:
         images_per_chunk=chunk,
         images_per_shard=shard,
         options=options,
-        inputs=[
-            {"role": role, "path": str(path.absolute()), **size_and_hash(path)} for role, path in _files(inputs, table)
-        ],
+        inputs=[_described(role, path) for role, path in _files(inputs, table)],
     )
 
 
@@ -168,15 +169,24 @@ def read_inputs(inputs: Inputs, pixel_size: float | None, no_ctf: bool) -> Parti
         pixel_size=pixel_size,
         no_ctf=no_ctf,
         passthrough=inputs.passthrough,
+        tomograms=inputs.tomograms,
         ctf=inputs.ctf,
         find=lambda names: find_stacks(names, source, datadir, prefix),
     )
 
 
 def _files(inputs: Inputs, table: ParticleTable) -> list[tuple[str, Path]]:
-    """(role, path) of every file that was read, stacks apart."""
-    given = (("particles", inputs.particles), ("poses", inputs.poses), ("ctf", inputs.ctf), ("labels", inputs.labels))
-    return [(role, path) for role, path in given if path] + [("metadata", path) for path in table.also_read]
+    """(role, path) of every file that was read, stacks apart; the particle file is the one that rows are counted in."""
+    given = [("particles", table.source), *(("poses", path) for path in inputs.poses)]
+    given += [(role, path) for role, path in (("ctf", inputs.ctf), ("labels", inputs.labels)) if path]
+    return given + [("metadata", path) for path in table.also_read]
+
+
+def _described(role: str, path: Path) -> dict[str, Any]:
+    """Role, path, size and sha256 of a file; a stack given as the particle file is known by its size, as all stacks are."""
+    is_stack = path.suffix.lower() in STACK_SUFFIXES
+    known = {"bytes": path.stat().st_size, "sha256": ""} if is_stack else size_and_hash(path)
+    return {"role": role, "path": str(path.absolute()), **known}
 
 
 def mixed_order(

@@ -5,7 +5,6 @@ where prep would look for it is recognised by the end of its path, and that is s
 """
 
 import ast
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ from spire_dist import numpy_pickle
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.physics.poses import relion_angles_from_matrices
-from spire_dist.schema import CTF_COLUMNS, STACKS_NAME
+from spire_dist.schema import CTF_COLUMNS
 from spire_dist.star import read_blocks
 
 Kept = NDArray[np.bool_]
@@ -245,7 +244,7 @@ def _common_end(name: str, path: Path) -> int:
 
 def stack_paths(store: ParticleStore) -> list[Path]:
     """The stacks that a store was made from, in the order that its `stack` counts them."""
-    return [Path(stack["path"]) for stack in json.loads((store.path / STACKS_NAME).read_text())]
+    return [Path(stack["path"]) for stack in store.read_stacks()]
 
 
 def _named(numbers: NDArray[np.int32], names: list[str]) -> pd.Categorical:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spire_dist.data.shards import Shards
 from spire_dist.errors import StoreError
-from spire_dist.schema import ARRAYS, CTF_COLUMNS, MANIFEST_NAME, OPTIONAL_ARRAYS, SCHEMA_VERSION
+from spire_dist.schema import ARRAYS, CTF_COLUMNS, MANIFEST_NAME, OPTIONAL_ARRAYS, SCHEMA_VERSION, STACKS_NAME
 
 SHARDS = "images/c/"
 """What the names of all image files begin with."""
@@ -117,6 +117,10 @@ class ParticleStore:
     def sources(self) -> list[Path]:
         """The particle files, as they were named."""
         return [Path(entry["path"]) for entry in self.attributes["inputs"] if entry["role"] == "particles"]
+
+    def read_stacks(self) -> list[dict[str, Any]]:
+        """The stacks that `stack` counts: path, size, number of images, box and type of each."""
+        return json.loads((self.path / STACKS_NAME).read_text())
 
     @property
     def has_poses(self) -> bool:

@@ -43,8 +43,27 @@ def write_all_particles(out: Path, sources: list[Path], store: ParticleStore, la
     )
     for number, (name, source) in enumerate(zip(names, sources, strict=True)):
         of = np.flatnonzero(store.source == number)
-        write_particles(name, source, latents[of], store.source_index[of])
+        if source.suffix.lower() in (".star", ".cs"):
+            write_particles(name, source, latents[of], store.source_index[of])
+        else:
+            _write_images(name, store, of, latents)
     return names
+
+
+def _write_images(path: Path, store: ParticleStore, of: NDArray[np.int64], latents: NDArray) -> None:
+    """STAR of the images `of` a store whose particle file is no table of its own (a .csg, a list of stacks, a stack)."""
+    of = of[np.argsort(store.source_index[of], kind="stable")]
+    stacks = [stack["path"] for stack in store.read_stacks()]
+    table: dict[str, Any] = {"rlnImageName": [f"{store.slice[i] + 1:06d}@{stacks[store.stack[i]]}" for i in of]}
+    if store.uid is not None:
+        table["spireCryosparcUid"] = [str(uid) for uid in store.uid[of]]
+    with replacing(path) as partial:
+        starfile.write({"particles": pd.DataFrame(table | _latent_columns(latents[of]))}, partial)
+
+
+def _latent_columns(latents: NDArray) -> dict[str, list[str]]:
+    """Label -> values, as text, of latents [rows, L]."""
+    return {f"{LATENT_LABEL}{i + 1}": [f"{value:.7g}" for value in column] for i, column in enumerate(latents.T)}
 
 
 def write_particles(path: Path, source: Path, latents: NDArray, source_index: NDArray) -> None:
@@ -67,10 +86,8 @@ def write_particles(path: Path, source: Path, latents: NDArray, source_index: ND
             with open(source, "rb") as file, open(partial, "wb") as out:
                 _copy_with_latents(file, out, name.encode(errors="surrogateescape"), columns)
         else:
-            added = {
-                f"{LATENT_LABEL}{i + 1}": [f"{value:.7g}" for value in column] for i, column in enumerate(columns.T)
-            }
-            starfile.write({name: pd.concat([from_cs, pd.DataFrame(added)], axis=1)}, partial)
+            added = pd.DataFrame(_latent_columns(columns))
+            starfile.write({name: pd.concat([from_cs, added], axis=1)}, partial)
 
 
 def write_latents_csv(path: Path, store: ParticleStore, latents: NDArray) -> None:
