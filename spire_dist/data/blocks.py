@@ -8,7 +8,7 @@ business of `spire_dist.data.loader`, which calls it, uses each block until it a
 
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,12 +44,14 @@ def local_blocks(
 
     Raises StoreError for a shard that cannot be read, and where reading processes are killed again and again.
     """
+    shape = min(order.block_images // world, order.count), store.box, store.box
+    kind = torch.from_numpy(np.empty(0, store.images.dtype)).dtype
     if workers == 0:
-        return _by_thread(store, order, rank, world, first)
-    block_bytes = order.block_images // world * store.box**2 * store.images.dtype.itemsize
-    return _by_processes(
-        Reader(store.path, order, rank, world), min(workers, max(1, AHEAD_BYTES // block_bytes)), first
-    )
+        return _by_thread(Reader(store.path, order, rank, world, torch.empty((2, *shape), dtype=kind)), first)
+    block_bytes = int(np.prod(shape)) * kind.itemsize
+    workers = min(workers, max(1, AHEAD_BYTES // block_bytes))
+    slots = _shared((workers + 1, *shape), kind)
+    return _by_processes(Reader(store.path, order, rank, world, slots), workers, first)
 
 
 def choose_workers(wanted: int | None, device: torch.device) -> int:
@@ -73,50 +75,66 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _by_thread(store: ParticleStore, order: Order, rank: int, world: int, first: int) -> Generator[NDArray[Any]]:
-    def read(block: int) -> NDArray[Any]:
-        return store.images.read(order.portion(block, rank, world).runs)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
-        ahead = pool.submit(read, first)
-        for block in count(first + 1):
-            images, ahead = ahead.result(), pool.submit(read, block)
-            yield images
-
-
 @dataclass(eq=False)
-class Reader(Dataset[Tensor | StoreError]):
-    """What a reading process is given: a name and numbers. It opens the store itself, and only reads."""
+class Reader(Dataset[int | StoreError]):
+    """What a reading process is given: a name, numbers and the places in memory that blocks are read into, in turn.
+
+    There is one place more than blocks are read ahead, so none is filled again while its block is used. The process opens
+    the store itself.
+    """
 
     path: Path
     order: Order
     rank: int
     world: int
+    slots: Tensor
 
     @cached_property
     def store(self) -> ParticleStore:
         """Opened where it is first asked for."""
         return ParticleStore.open(self.path)
 
-    def __getitem__(self, block: int) -> Tensor | StoreError:
-        """A block in shared memory; an error is handed over like a block, so that it stays one line."""
+    def __getitem__(self, block: int) -> int | StoreError:
+        """Read a block; returns its images' number. An error is handed over like it, so that it stays one line."""
         try:
-            images, portion = self.store.images, self.order.portion(block, self.rank, self.world)
-            block_images = _shared((portion.size, images.box, images.box), images.dtype)
-            images.read(portion.runs, block_images.numpy())
-            return block_images
+            runs = self.order.portion(block, self.rank, self.world).runs
+            self.store.images.announce(runs)
+            return len(self.store.images.read(runs, self.slots[block % len(self.slots)].numpy()))
         except StoreError as error:
             return error
+
+    def images(self, block: int, found: int | StoreError) -> NDArray[Any]:
+        """The images of a block that was read; raises what went wrong."""
+        if isinstance(found, StoreError):
+            raise found
+        return self.slots[block % len(self.slots), :found].numpy()
+
+
+def _by_thread(reader: Reader, first: int) -> Generator[NDArray[Any]]:
+    with ThreadPoolExecutor(1, thread_name_prefix="blocks") as pool:
+        ahead = pool.submit(reader.__getitem__, first)
+        for block in count(first):
+            found, ahead = ahead.result(), pool.submit(reader.__getitem__, block + 1)
+            yield reader.images(block, found)
 
 
 def _by_processes(reader: Reader, workers: int, first: int) -> Generator[NDArray[Any]]:
     """A block is known by its number alone, so one that a dead process owed is read again by the next."""
     deaths = 0
     while True:
+        loader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=count(first),
+            num_workers=workers,
+            prefetch_factor=1,  # a block per process is on its way while one is used
+            multiprocessing_context="spawn",
+            worker_init_fn=_ignore_stop_signals,
+        )
         try:
-            for images in _loaded(reader, workers, first):
-                first, deaths = first + 1, 0
-                yield images
+            for found in loader:
+                block, first, deaths = first, first + 1, 0
+                yield reader.images(block, found)
         except (RuntimeError, OSError, EOFError) as error:  # of the DataLoader, by where the process died
             if str(error).startswith("Caught"):  # raised in a process that lives: a bug
                 raise
@@ -128,35 +146,18 @@ def _by_processes(reader: Reader, workers: int, first: int) -> Generator[NDArray
                 ) from error
 
 
-def _loaded(reader: Reader, workers: int, first: int) -> Iterator[NDArray[Any]]:
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=count(first),
-        num_workers=workers,
-        prefetch_factor=1,  # a block per process is on its way while one is used
-        multiprocessing_context="spawn",
-        worker_init_fn=_ignore_stop_signals,
-    )
-    for images in loader:
-        if isinstance(images, StoreError):
-            raise images
-        yield images.numpy()
-
-
 def _ignore_stop_signals(worker: int) -> None:
     """A signal to the whole job is for the trainer, which needs blocks until it has saved."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _shared(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
-    kind = torch.from_numpy(np.empty(0, dtype)).dtype
+def _shared(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
     try:
         return torch.empty(shape, dtype=kind).share_memory_()
     except (RuntimeError, OSError) as error:
-        mib = int(np.prod(shape)) * dtype.itemsize / 2**20
+        mib = int(np.prod(shape)) * kind.itemsize / 2**20
         raise StoreError(
-            f"data.workers: no shared memory for a block of {mib:.0f} MiB ({str(error).splitlines()[0]}); give the container "
-            "more (--shm-size), or set data.workers = 0"
+            f"data.workers: no {mib:.0f} MiB of shared memory ({str(error).splitlines()[0]}); give the container more "
+            "(--shm-size), or set data.workers = 0"
         ) from error

@@ -9,11 +9,11 @@ import queue
 import threading
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from spire_dist.data.store import ParticleStore
 from spire_dist.errors import StoreError
 from spire_dist.physics.ctf import contrast_transfer, frequency_grid
 
+Item = TypeVar("Item")
 READ_AHEAD = 2
 CPU = torch.device("cpu")
 
@@ -41,6 +42,15 @@ class Batch:
     shifts_px: Tensor
     total: int
     """Particles in the whole step, of all ranks: what a sum over them is divided by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Particles:
+    """The same before they are transformed: rows [B], pixels [B, D, D] as float32."""
+
+    rows: NDArray[np.int64]
+    pixels: Tensor
+    total: int
 
 
 class BatchSource:
@@ -65,7 +75,7 @@ class BatchSource:
     def batch(self, rows: NDArray[np.int64]) -> Batch:
         """The particles `rows` [B] in that order, on the CPU. Raises StoreError for pixels that are not finite."""
         images = self.resident[rows] if isinstance(self.resident, np.ndarray) else self.store.stored(rows)
-        return self._batch(torch.from_numpy(images), rows, len(rows), CPU)
+        return self._batch(Particles(rows, self._pixels(torch.from_numpy(images), rows, CPU), len(rows)))
 
     def sequence(self, batch: int) -> Generator[Batch]:
         """All particles once, in store order, on the CPU."""
@@ -77,29 +87,37 @@ class BatchSource:
 
         A short step has fewer particles, perhaps none for a rank. Raises StoreError for pixels that are not finite.
         """
+        with closing(self.particles(order, first_step, rank, world)) as steps:
+            yield from map(self._batch, steps)
+
+    def particles(self, order: Order, first_step: int = 0, rank: int = 0, world: int = 1) -> Generator[Particles]:
+        """The same before it is transformed."""
         first = order.block_of(first_step)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # of this thread
-        with closing(self._blocks(order, rank, world, first)) as blocks:
+        streamed = nullcontext() if self.resident is not None else closing(self._blocks(order, rank, world, first))
+        with streamed as blocks:
             for block in count(first):
                 portion = order.portion(block, rank, world)
-                if self.resident is None:
-                    images, places = next(blocks), portion.index
-                else:
-                    images, places = self.resident, portion.rows
+                images, places = (self.resident, portion.rows) if blocks is None else (next(blocks), portion.index)
+                assert images is not None
                 for step in range(max(0, first_step - portion.first_step), len(portion.index)):
                     real = portion.index[step] != NOTHING
-                    taken = _taken(images, places[step][real])
-                    yield self._batch(taken, portion.rows[step][real], int(portion.totals[step]), self.device)
+                    rows, taken = portion.rows[step][real], _taken(images, places[step][real])
+                    yield Particles(rows, self._pixels(taken, rows, self.device), int(portion.totals[step]))
 
-    def _batch(self, images: Tensor, rows: NDArray[np.int64], total: int, device: torch.device) -> Batch:
-        """Images [B, D, D] as stored, of the particles `rows`, made a batch by the device itself."""
-        store = self.store
+    def _pixels(self, images: Tensor, rows: NDArray[np.int64], device: torch.device) -> Tensor:
+        """Images [B, D, D] as stored, as float32 on the device; those of a GPU were looked at when they were put there."""
+        pixels, store = images.float(), self.store
         if images.device.type == "cpu":
-            refuse_not_finite(store, images, rows)
-        pixels = _moved(images, device).float()
-        if store.scale is not None:
-            pixels *= _moved(store.scale[rows], device)[:, None, None]
+            refuse_not_finite(store, pixels, rows)
+            pixels = pixels if device.type == "cpu" else _moved(images, device).float()  # half the bytes on their way
+        return pixels if store.scale is None else pixels * _moved(store.scale[rows], device)[:, None, None]
+
+    def _batch(self, particles: Particles) -> Batch:
+        """Transformed by the device that holds the pixels."""
+        store, rows, pixels = self.store, particles.rows, particles.pixels
+        device = pixels.device
         grid = _grid(store.box, store.pixel_size, device)
         return Batch(
             rows=_moved(rows, device),
@@ -107,13 +125,13 @@ class BatchSource:
             ctf=contrast_transfer(_moved(store.ctf[rows], device), *grid),
             rotations=_moved(store.rotations[rows], device),
             shifts_px=_moved(store.shifts[rows], device) / store.pixel_size,
-            total=total,
+            total=particles.total,
         )
 
 
 def refuse_not_finite(store: ParticleStore, images: Tensor, rows: NDArray[np.int64]) -> None:
-    """Raise StoreError, naming their rows in the input, where images [B, D, D] as stored have pixels that are not numbers."""
-    sums = torch.from_numpy(store.scale[rows]) if store.scale is not None else images.float().sum((1, 2))
+    """Raise StoreError, naming their rows in the input, where images [B, D, D] before their scale are not finite."""
+    sums = torch.from_numpy(store.scale[rows]) if store.scale is not None else images.sum((1, 2), dtype=torch.float32)
     finite = torch.isfinite(sums).numpy()
     if not finite.all():
         bad = (store.source_index[rows[~finite]] + 1).tolist()
@@ -123,12 +141,12 @@ def refuse_not_finite(store: ParticleStore, images: Tensor, rows: NDArray[np.int
         )
 
 
-class Prefetcher:
+class Prefetcher(Generic[Item]):
     """Batches made ahead in a thread; `waited_s` is the time the trainer stood waiting for data."""
 
-    def __init__(self, batches: Generator[Batch]) -> None:
+    def __init__(self, batches: Generator[Item]) -> None:
         self.waited_s = 0.0
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=READ_AHEAD)
+        self._queue: queue.Queue[Item | BaseException] = queue.Queue(maxsize=READ_AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True)
         self._thread.start()
@@ -136,11 +154,11 @@ class Prefetcher:
             self.close
         )  # of reading processes, which ignore the signal that would end them, Python awaits the end
 
-    def _fill(self, batches: Generator[Batch]) -> None:
+    def _fill(self, batches: Generator[Item]) -> None:
         with closing(batches):
             while not self._closed.is_set():
                 try:
-                    item: Batch | BaseException = next(batches)
+                    item: Item | BaseException = next(batches)
                 except BaseException as error:  # handed to the trainer, which raises it
                     item = error
                 while not self._closed.is_set():
@@ -152,7 +170,7 @@ class Prefetcher:
                 if isinstance(item, BaseException):
                     return
 
-    def next(self) -> Batch:
+    def next(self) -> Item:
         """The next batch; raises what went wrong while reading it."""
         start = time.perf_counter()
         item = self._queue.get()

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import closing
 from itertools import islice
 
@@ -15,7 +16,7 @@ import torch
 
 from data_prep.convert import prepare
 from spire_dist.data import blocks
-from spire_dist.data.blocks import Reader, choose_workers, local_blocks
+from spire_dist.data.blocks import choose_workers, local_blocks
 from spire_dist.data.order import Order
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.stopping import STOP_SIGNALS
@@ -130,23 +131,23 @@ if __name__ == "__main__":
     assert gone(children)
 
 
-def test_a_reader_without_shared_memory_says_what_to_do(store, refusal, monkeypatch):
+def test_too_little_shared_memory_is_told_with_what_to_do(store, refusal, monkeypatch):
     def full(tensor: torch.Tensor) -> None:
         raise RuntimeError("unable to allocate shared memory(shm) for file: No space left on device (28)\nmore")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    error = Reader(store.path, order_of(store), 0, 1)[0]
-
-    def raise_it() -> None:
-        raise error  # type: ignore[misc]
-
-    refusal(StoreError, ["data.workers", "shared memory", "No space left", "--shm-size"], raise_it)
+    words = ["data.workers", "shared memory", "No space left", "--shm-size"]
+    refusal(StoreError, words, lambda: local_blocks(store, 1, order_of(store), 0, 1, 0))
 
 
-def test_what_a_reading_process_is_given_is_small(store):
-    import pickle
-
-    assert len(pickle.dumps(Reader(store.path, order_of(store), 0, 1))) < 1000
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_block_stays_as_it_is_until_the_next_one_is_asked_for(store, workers):
+    with closing(local_blocks(store, workers, order_of(store), 0, 1, 0)) as found:
+        for _ in range(4):
+            images = next(found)
+            before = images.copy()
+            time.sleep(0.3)  # the next one is being read
+            np.testing.assert_array_equal(images, before)
 
 
 def test_a_gpu_gets_processes_and_a_cpu_the_thread_unless_told(monkeypatch):
