@@ -1,5 +1,6 @@
 """What export writes is read back by the libraries of the field: mrcfile, starfile, gemmi, pandas."""
 
+import pickle
 from types import SimpleNamespace
 
 import gemmi
@@ -9,6 +10,8 @@ import pandas as pd
 import pytest
 import starfile
 
+from data_prep.convert import prepare
+from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.results import tables
 from spire_dist.results.export import export
@@ -191,3 +194,23 @@ def test_input_with_fewer_rows_than_the_store_is_refused(standin, tmp_path):
 def test_particle_outside_the_store_is_refused(standin, tmp_path):
     with pytest.raises(ConfigError, match="row 4000 is not in the store"):
         export(standin, tmp_path / "out", particles=[4000])
+
+
+def test_particles_of_a_list_of_stacks_get_a_star_of_their_images(tmp_path, write_particles):
+    star = write_particles(tmp_path / "in", count=130)
+    (star.parent / "stacks.txt").write_text("stacks/part02.mrcs\nstacks/part00.mrcs\n")
+    poses = np.tile(np.eye(3, dtype=np.float32), (70, 1, 1))
+    with open(tmp_path / "poses.pkl", "wb") as file:
+        pickle.dump(poses, file)
+    store = ParticleStore.open(
+        prepare(
+            star.parent / "stacks.txt", tmp_path / "store", poses=tmp_path / "poses.pkl", no_ctf=True, pixel_size=2.0
+        )
+    )
+    latents = np.stack([store.source_index, store.stack], axis=1).astype(np.float32)
+    [path] = tables.write_all_particles(tmp_path, store.sources, store, latents)
+    written = starfile.read(path)
+    assert written["rlnSpireLatent1"].tolist() == list(range(70))
+    paths = [f"{star.parent}/stacks/part{n}.mrcs" for n in ("02", "00")]
+    expected = [f"{i + 1:06d}@{paths[0]}" for i in range(10)] + [f"{i + 1:06d}@{paths[1]}" for i in range(60)]
+    assert written["rlnImageName"].tolist() == expected
