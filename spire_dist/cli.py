@@ -106,12 +106,18 @@ def prep(
     passthrough: Annotated[
         list[Path] | None, typer.Option(help="cryoSPARC .cs with further columns, joined by uid; repeatable.")
     ] = None,
+    tomograms: Annotated[
+        Path | None, typer.Option(help="RELION's STAR of the tilt series, where not beside the particles.")
+    ] = None,
     sign: Annotated[str, typer.Option(help="+ protein bright in the input, - dark, auto: find out.")] = "auto",
     radius_a: Annotated[
         float | None, typer.Option(help="Å; particle radius, outside it is background [0.4 of the side].")
     ] = None,
     pixel_size: Annotated[float | None, typer.Option(help="Å/px of the input, where the file does not say.")] = None,
-    poses: Annotated[Path | None, typer.Option(help="cryoDRGN pose pickle to use instead of the file's poses.")] = None,
+    poses: Annotated[
+        list[Path] | None,
+        typer.Option(help="cryoDRGN pose pickle instead of the file's poses; twice: rotations, then shifts."),
+    ] = None,
     ctf: Annotated[Path | None, typer.Option(help="cryoDRGN CTF pickle to use instead of the file's CTFs.")] = None,
     labels: Annotated[Path | None, typer.Option(help="True state of every particle (.npy or .pkl).")] = None,
     no_ctf: Annotated[bool, typer.Option(help="The images are projections without a CTF.")] = False,
@@ -153,8 +159,9 @@ def prep(
 
         made_by = choose_engine(engine, ray_address, workers)
     prepare(
-        source, store, box=box, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (), sign=sign,
-        radius_a=radius_a, pixel_size=pixel_size, poses=poses, ctf=ctf, labels=labels, no_ctf=no_ctf, normalise=normalise,
+        source, store, box=box, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (),
+        tomograms=tomograms, sign=sign,
+        radius_a=radius_a, pixel_size=pixel_size, poses=poses or (), ctf=ctf, labels=labels, no_ctf=no_ctf, normalise=normalise,
         allow_missing_poses=allow_missing_poses, shuffle=shuffle, dtype=dtype, images_per_shard=images_per_shard,
         workers=workers, seed=seed, dry_run=dry_run, engine=made_by, only_begin=engine == "slurm",
     )  # fmt: skip
@@ -238,7 +245,10 @@ def add(
     passthrough: Annotated[
         list[Path] | None, typer.Option(help="cryoSPARC .cs with further columns, joined by uid; repeatable.")
     ] = None,
-    poses: Annotated[Path | None, typer.Option(help="cryoDRGN pose pickle to use instead of the file's poses.")] = None,
+    poses: Annotated[
+        list[Path] | None,
+        typer.Option(help="cryoDRGN pose pickle instead of the file's poses; twice: rotations, then shifts."),
+    ] = None,
     ctf: Annotated[Path | None, typer.Option(help="cryoDRGN CTF pickle to use instead of the file's CTFs.")] = None,
     labels: Annotated[Path | None, typer.Option(help="True state of every new particle (.npy or .pkl).")] = None,
     sign: Annotated[
@@ -253,8 +263,8 @@ def add(
     from data_prep.edit import add as run
 
     done = run(
-        store, source, out, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (), poses=poses, ctf=ctf,
-        labels=labels, sign=sign, allow_duplicates=allow_duplicates, workers=workers,
+        store, source, out, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (),
+        poses=poses or (), ctf=ctf, labels=labels, sign=sign, allow_duplicates=allow_duplicates, workers=workers,
     )  # fmt: skip
     print(f"{out}: {done}")
 
