@@ -83,8 +83,8 @@ def collect(run: Path, data: Path) -> dict:
             "both stages": max(r["elapsed_s"] for r in records),
         },
         "ceiling": final["ceiling"],
-        "auc": {"stage 1": _means(coarse, "model"), "stage 2": _means(final, "model")}
-        | {name: _means(final, name) for name in ("consensus", "average")},
+        "auc": {"stage 1": means(coarse, "model"), "stage 2": means(final, "model")}
+        | {name: means(final, name) for name in ("consensus", "average")},
         "adjusted_rand_index": {
             name: {index: final[key][index] for index in indices}
             for name, key in (("stage 1", "parts_of_stage_1"), ("stage 2", "parts"))
@@ -117,7 +117,8 @@ def lines(result: dict) -> Iterator[str]:
         )
 
 
-def _means(result: dict, name: str) -> dict[str, float]:
+def means(result: dict, name: str) -> dict[str, float]:
+    """Mean AUC per conformation of a model, masked and unmasked, from a run's evaluation.json."""
     return {mask: result["scores"][f"per_conformation/{name}_{mask}"]["mean"] for mask in ("masked", "unmasked")}
 
 

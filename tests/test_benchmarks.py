@@ -1,5 +1,6 @@
 """The benchmarks run from one command and measure what they say."""
 
+import itertools
 import json
 import mmap
 import re
@@ -15,6 +16,7 @@ import typer
 from benchmarks import peer
 from benchmarks.growth import exponent
 from benchmarks.memory import peak_rise
+from benchmarks.precision import inside_spread
 from benchmarks.step import times
 from benchmarks.tables import table
 
@@ -44,6 +46,33 @@ def test_projector_agrees_with_an_independent_dense_sum_in_float64(tmp_path: Pat
             errors = case["errors"][name]
             assert errors.pop("image") < image
             assert max(errors.values()) < gradients
+
+
+def test_a_mean_inside_the_spread_of_other_seeds_is_told_from_one_outside():
+    assert inside_spread([0.40, 0.46], [0.42, 0.44])
+    assert not inside_spread([0.40, 0.42], [0.42, 0.44])
+    assert not inside_spread([0.44, 0.46], [0.42, 0.44])
+
+
+@pytest.mark.slow
+def test_precision_measures_every_store_and_trains_two(tmp_path: Path, shared_data: Path):
+    model = shared_data / "models" / "sarata00+SBI_Project" / "1hzh.pdb.gz"
+    files = ("--model", model, "--ctf-table", shared_data / "ctf" / "empiar10028_ctf.npy")
+    small = ["stage1.gaussians=64", "stage2.gaussians=64", "stage1.epochs=1", "stage2.epochs=1", "output.volumes=2"]
+    words = [word for setting in small for word in ("--set", setting)]
+    printed = run_benchmark("precision", tmp_path, *files, "--states", 2, "--particles", 128, "--seeds", "3", *words)
+    assert "Compact's mean" in printed
+    result = json.loads((tmp_path / "precision.json").read_text())
+    rows = {row["precision"]: row for row in result["precisions"]}
+    assert rows["float32"]["error_over_noise"] == 0
+    # An image rounded to steps of s has an error of s / √12 (here s is 1/16 of its deviation, close to that of its noise);
+    # float16 has 11 bits, so that the error of a value between 1 and 2 is 2^-10 / √12, and less below.
+    assert rows["compact"]["error_over_noise"] == pytest.approx(1 / 16 / 12**0.5, rel=0.15)
+    assert rows["float16"]["error_over_noise"] < 2**-10 / 12**0.5
+    errors = [rows[f"float16, {bits} bits, zstd"]["error_over_noise"] for bits in (6, 5, 4)]
+    assert [b / a for a, b in itertools.pairwise(errors)] == pytest.approx([2, 2], rel=0.05)
+    assert set(result["auc"]) == {"float16", "compact"}
+    assert (tmp_path / "precision.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
