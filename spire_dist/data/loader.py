@@ -150,9 +150,8 @@ class Prefetcher(Generic[Item]):
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True)
         self._thread.start()
-        atexit.register(
-            self.close
-        )  # of reading processes, which ignore the signal that would end them, Python awaits the end
+        # Python, when it leaves, waits for processes that ignore the signal to end: those that read must be told before.
+        atexit.register(self.close)
 
     def _fill(self, batches: Generator[Item]) -> None:
         with closing(batches):

@@ -11,6 +11,7 @@ from scipy.ndimage import zoom
 
 from data_prep.convert import prepare
 from spire_dist.config import load_config
+from spire_dist.data.blocks import local_blocks
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, RunError, SourceError, StoreError
 from spire_dist.maps import read_map, write_map
@@ -109,9 +110,31 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others(finished_table
     assert (other / "latents.npy").read_bytes() != (finished_table / "latents.npy").read_bytes()
 
 
-def test_streaming_from_disk_trains_to_the_same_bits(finished_table, tmp_path, train_tiny):
-    run = train_tiny(tmp_path / "run", "data.resident='never'")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streaming_from_disk_trains_to_the_same_bits(finished_table, tmp_path, train_tiny, workers):
+    run = train_tiny(tmp_path / "run", "data.resident='never'", f"data.workers={workers}")
     assert (run / "latents.npy").read_bytes() == (finished_table / "latents.npy").read_bytes()
+
+
+def test_blocks_from_elsewhere_train_to_the_same_bits(finished_table, tmp_path, tiny_settings, tiny_store):
+    asked = []
+
+    def blocks(order, rank, world, first):
+        asked.append((rank, world, first))
+        return local_blocks(ParticleStore.open(tiny_store), 0, order, rank, world, first)
+
+    train(load_config(overrides=[*tiny_settings, "data.loader='ray'"]), tmp_path / "run", blocks)
+    assert asked == [(0, 1, 0), (0, 1, 0)]  # once in each stage
+    assert (tmp_path / "run" / "latents.npy").read_bytes() == (finished_table / "latents.npy").read_bytes()
+
+
+def test_ray_without_its_readers_is_refused_before_anything_is_written(tmp_path, train_tiny, refusal):
+    refusal(
+        ConfigError,
+        ["data.loader = ray", "cluster.ray_loader"],
+        lambda: train_tiny(tmp_path / "run", "data.loader='ray'"),
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
