@@ -120,7 +120,7 @@ def queue(tasks: Sequence["Task"], folder: Path, cluster: Cluster, parameters: d
     except FailedJobError as error:
         if new_folders:
             shutil.rmtree(new_folders[0])
-        raise RunError(f"sbatch refused the job: {_last_line(str(error))}") from error
+        raise RunError(f"sbatch refused the job: {_reason(str(error))}") from error
     return jobs[0].job_id.split("_")[0]
 
 
@@ -134,9 +134,10 @@ def require(cluster: Cluster, option: str) -> None:
         raise ConfigError(f"{option} slurm: no sbatch and srun here; call it on a login node, or with {option} local")
 
 
-def _last_line(text: str) -> str:
+def _reason(text: str) -> str:
+    """The line of an error message that says most: Slurm's first one names the wrong value."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "no reason given")
+    return next((line for line in lines if "error:" in line), lines[-1] if lines else "no reason given")
 
 
 class Task(ABC):

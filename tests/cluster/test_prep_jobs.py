@@ -2,20 +2,25 @@
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mrcfile
 import psutil
 import pytest
 
-from cluster.prep_jobs import choose_engine, ray_engine
+from cluster.prep_jobs import choose_engine, queue_shards, ray_engine
 from cluster.ray_cluster import ray_cluster
 from data_prep.convert import prepare
-from spire_dist.errors import ConfigError, SourceError, StoreError
+from data_prep.shards import missing_shards, write_shard
+from spire_dist.data.store import ParticleStore
+from spire_dist.errors import ConfigError, RunError, SourceError, StoreError
 
 PER_SHARD = 64
 TASK = "ray::_make_shard"
@@ -112,3 +117,86 @@ def test_a_node_that_does_not_see_the_store_is_named(tmp_path, two_nodes, refusa
 
 def test_an_engine_that_is_not_known_is_refused_with_those_that_are(refusal):
     refusal(ConfigError, ["--engine dask", "local, ray or slurm"], lambda: choose_engine("dask"))
+
+
+# --- Slurm -----------------------------------------------------------------------------------------------------------
+
+
+def squeue(*options: str) -> list[str]:
+    return subprocess.run(["squeue", "--noheader", *options], capture_output=True, text=True, check=True).stdout.split()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"still {squeue('--format=%i/%T/%r')}"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_slurm_makes_the_bytes_of_one_machine_and_the_command_does_not_wait(tmp_path, write_particles, slurm):
+    source = write_particles(tmp_path / "in", count=500)
+    expected = prepare(source, tmp_path / "local", images_per_shard=PER_SHARD)
+    store = tmp_path / "slurm"
+    command = [sys.executable, "-m", "spire_dist.cli", "prep", source, store, "--images-per-shard", str(PER_SHARD)]
+    command += ["--engine", "slurm", "--tasks", "2", "--time-min", "10", "--sbatch", "mem=500"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    array, _ = told.split("queued: ")[1].split(",")[0].split()
+    assert not (store / "manifest.json").exists()
+    assert squeue("--format=%i %m", f"--jobs={array}", "--array")[1::2] == ["500M", "500M"]
+    wait_until(lambda: squeue() == [])
+    assert contents(store) == contents(expected)
+    assert "ready; look" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+def test_what_a_killed_slurm_job_left_out_is_made_by_the_last_one(tmp_path, write_particles, slurm):
+    source = write_particles(tmp_path / "in", count=500)
+    expected = prepare(source, tmp_path / "local", images_per_shard=PER_SHARD)
+    store = prepare(source, tmp_path / "slurm", images_per_shard=PER_SHARD, only_begin=True)
+    array, last = jobs = queue_shards(store, tasks=2, time_min=10)
+    subprocess.run(["scontrol", "hold", last], check=True)
+    assert queue_shards(store, tasks=2, time_min=10) == jobs  # once is enough
+    wait_until(lambda: squeue("--states=RUNNING", f"--jobs={array}_1") != [])
+    subprocess.run(["scancel", "--signal=KILL", "--full", f"{array}_1"], check=True)
+    wait_until(lambda: squeue("--format=%A") == [last])
+    assert missing_shards(store) == [1, 3, 5, 7]
+    subprocess.run(["scontrol", "release", last], check=True)
+    wait_until(lambda: squeue() == [])
+    assert contents(store) == contents(expected)
+
+
+@pytest.mark.slow
+def test_a_partition_that_slurm_does_not_have_is_refused_and_the_store_can_still_be_made(
+    tmp_path, write_particles, slurm, refusal
+):
+    source = write_particles(tmp_path / "in")
+    store = prepare(source, tmp_path / "store", only_begin=True)
+    refusal(RunError, ["sbatch refused", "invalid partition", "nope"], lambda: queue_shards(store, partition="nope"))
+    assert not (tmp_path / "store.jobs").exists()
+    assert ParticleStore.open(prepare(source, store)).count == 150
+
+
+def test_no_slurm_here_is_told_before_anything_is_written(tmp_path, monkeypatch, refusal):
+    pytest.importorskip("submitit", reason="needs the extra [slurm]")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refusal(ConfigError, ["--engine slurm: no sbatch", "--engine local"], lambda: choose_engine("slurm"))
+
+
+def test_two_processes_that_make_the_same_shards_leave_them_whole(tmp_path, write_particles):
+    source = write_particles(tmp_path / "in", count=500)
+    expected = prepare(source, tmp_path / "once", images_per_shard=PER_SHARD, dtype="compact")
+    store = prepare(source, tmp_path / "twice", images_per_shard=PER_SHARD, dtype="compact", only_begin=True)
+    context = multiprocessing.get_context("spawn")
+    makers = [context.Process(target=make_all, args=(store, range(8))) for _ in range(2)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert [maker.exitcode for maker in makers] == [0, 0]
+    assert contents(prepare(source, store, images_per_shard=PER_SHARD, dtype="compact")) == contents(expected)
+
+
+def make_all(store: Path, shards: range) -> None:
+    for shard in shards:
+        write_shard(store, shard)
