@@ -22,7 +22,7 @@ from data_prep.writing import write_tables
 from spire_dist.data.store import ParticleStore, map_table, read_manifest
 from spire_dist.errors import ConfigError, StoreError
 from spire_dist.files import replacing, write_json
-from spire_dist.schema import ARRAYS, OPTIONAL_ARRAYS, STACKS_NAME
+from spire_dist.schema import ARRAYS, OPTIONAL_ARRAYS
 
 Pieces = Sequence[tuple[int, NDArray[np.int64]]]
 """(number of a store, rows of it in ascending order), one after the other: what the new store holds."""
@@ -126,7 +126,7 @@ def _described(
     groups = [[{k: v for k, v in g.items() if k != "count"} for g in s.attributes["optics_groups"]] for s in stores]
     tables["optics_group"], optics = _renumbered(tables["optics_group"], origin, groups)
     tables["source"], sources = _renumbered(tables["source"], origin, [_sources(store.attributes) for store in stores])
-    described = [json.loads((store.path / STACKS_NAME).read_text()) for store in stores]
+    described = [store.read_stacks() for store in stores]
     tables["stack"], stacks = _renumbered(tables["stack"], origin, described)
     history: list[Any] = []
     for entry in (entry for store in stores for entry in store.attributes.get("history", [])):

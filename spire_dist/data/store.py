@@ -166,7 +166,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST_NAME).read_text())
     except FileNotFoundError:
         raise StoreError(
-            f"{path}: unfinished store; run the same `spire-dist prep` command again to finish it"
+            f"{path}: unfinished store; run the same `spire-dist prep` (or filter, merge, add) again to finish it"
         ) from None
     except json.JSONDecodeError as error:
         raise StoreError(f"{path / MANIFEST_NAME}: damaged ({error}); delete it and run prep again") from error
