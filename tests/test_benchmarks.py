@@ -138,6 +138,20 @@ def test_gpu_steps_try_on_a_cpu_times_every_way_and_profiles_the_first(tmp_path:
         assert sum(row["share"] for row in stage["kernels"]) == pytest.approx(1)
 
 
+@pytest.mark.slow
+def test_loading_times_every_way_and_weighs_all_processes(tmp_path: Path):
+    printed = run_benchmark("loading", tmp_path, "--particles", 20000, "--rounds", 1, "--sample", 100)
+    assert (tmp_path / "loading.md").read_text() in printed
+    result = json.loads((tmp_path / "loading.json").read_text())
+    epochs = [f"shuffled epoch, {w}, {c}" for c in ("warm", "cold") for w in ("a thread", "1 process", "2 processes")]
+    assert list(result["images_per_s"])[1:-1] == epochs
+    assert result["sample"] == 100
+    assert list(result["epochs"]) == ["2000", "20000"]
+    for measured in result["epochs"].values():
+        alone, *_, two = [epoch["peak_bytes"] for epoch in measured]
+        assert 5e7 < alone < two  # the interpreter and torch at least, and of two more processes
+
+
 def test_peak_rise_is_the_memory_held_at_once():
     def work() -> None:
         for size in (32_000_000, 8_000_000):
