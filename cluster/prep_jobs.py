@@ -16,7 +16,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from cluster.ray_cluster import ray_cluster
+from cluster.ray_cluster import ray_cluster, told_by_a_worker
 from cluster.submit import Task, job_parameters, queue, require
 from data_prep.convert import Engine, complete, in_processes
 from data_prep.shards import missing_shards, write_shard
@@ -63,9 +63,7 @@ def ray_engine(store: Path, shards: list[int], *, address: str | None = None, cp
                 [done], running = ray.wait(running)
                 yield ray.get(done)
         except RayTaskError as error:
-            if isinstance(error.cause, SpireError | OSError):
-                raise error.cause from None
-            raise
+            raise told_by_a_worker(error) from None
         except RayError as error:
             raise StoreError(
                 f"{store}: a Ray worker was lost {RETRIES + 1} times over one shard ({type(error).__name__}), perhaps for its "

@@ -13,8 +13,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from spire_dist.errors import ConfigError
+from spire_dist.distributed.stopping import STOP_SIGNALS
+from spire_dist.errors import ConfigError, SpireError
+
+if TYPE_CHECKING:
+    from ray.exceptions import RayTaskError
 
 PACKAGES = ("cluster", "data_prep", "spire_dist")
 SMALLEST_OBJECT_STORE = 80 * 2**20
@@ -51,7 +56,7 @@ def ray_cluster(
         # Else Ray leaves a token in the user's home, and reports its use. It remembers the token it first met.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _same_stop_signals():
+    with _untouched_by_stop_signals():
         try:
             _answer(address)
             ray.init(address, logging_level=logging.ERROR, **options)
@@ -64,6 +69,11 @@ def ray_cluster(
         ray.shutdown()
 
 
+def told_by_a_worker(error: "RayTaskError") -> Exception:
+    """What a task or actor raised: a user's mistake as it would be told without Ray, anything else with its traceback."""
+    return error.cause if isinstance(error.cause, SpireError | OSError) else error
+
+
 def _answer(address: str) -> None:
     """Raise OSError where nobody listens at "host:port" or "ray://host:port": Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
@@ -72,13 +82,17 @@ def _answer(address: str) -> None:
 
 
 @contextmanager
-def _same_stop_signals() -> Iterator[None]:
-    """Ray takes over TERM, on which training is to save."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGTERM)
+def _untouched_by_stop_signals() -> Iterator[None]:
+    """What is started inside the block never sees a stop signal, and this process keeps its handlers.
+
+    A batch system sends TERM and USR2 to every process of a job; training saves then, and needs its readers until it has.
+    Ray, for its part, takes over the handler of TERM.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -286,7 +286,13 @@ def train(
     again = config is None and preset is None and (run / "config.toml").exists()
     overrides = [*(settings or []), *([f"data.store={str(store.resolve())!r}"] if store else [])]
     loaded = load_config(run / "config.toml" if again else config, preset, overrides)
-    train_run(loaded, run)
+    if loaded.data.loader == "ray":
+        from cluster.ray_loader import READERS, ray_blocks
+
+        with ray_blocks(loaded.data.store, run, loaded.data.workers or READERS) as blocks:
+            train_run(loaded, run, blocks)
+    else:
+        train_run(loaded, run)
     export(run, run, frames=loaded.output.volumes, star=None)
     print(f"{write_report(run)}: the report; score a run against a known truth with: spire-dist evaluate {run} TRUTH")
 

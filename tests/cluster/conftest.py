@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: one controller, one node, no systemd and no control groups; gone when the tests end."""
+"""Clusters for the tests: Ray of this machine, and a real Slurm of one node, without systemd or control groups."""
 
 import os
 import shutil
@@ -49,7 +49,27 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=U
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
+def ray_token() -> Iterator[None]:
+    """Ray would leave a token in the home directory, and a process knows only the first it meets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", "of-the-tests")
+        yield
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[str]:
+    """Address of a Ray cluster of two nodes with a core each."""
+    pytest.importorskip("ray", reason="needs the extra [ray]")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
 def slurm() -> Iterator[None]:
     """Slurm's commands work inside a test that asks for this; jobs see what the test sees."""
     install_programs()

@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import multiprocessing
-import os
 import subprocess
 import sys
 import threading
@@ -17,8 +15,8 @@ import pytest
 
 from cluster.prep_jobs import choose_engine, queue_shards, ray_engine
 from cluster.ray_cluster import ray_cluster
+from data_prep import shards
 from data_prep.convert import prepare
-from data_prep.shards import missing_shards, write_shard
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, RunError, SourceError, StoreError
 
@@ -37,23 +35,14 @@ def contents(store: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> Iterator[None]:
-    """Connected to a Ray cluster of two nodes with a core each."""
-    pytest.importorskip("ray", reason="needs the extra [ray]")
-    from ray.cluster_utils import Cluster
-
-    os.environ["RAY_AUTH_TOKEN"] = "of-a-test"  # else Ray leaves one in the home directory
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    with ray_cluster(cluster.address):
+def connected(two_nodes: str) -> Iterator[None]:
+    with ray_cluster(two_nodes):
         yield
-    cluster.shutdown()
-    del os.environ["RAY_AUTH_TOKEN"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "compact"])
-def test_ray_makes_the_bytes_of_one_machine(tmp_path, write_particles, two_nodes, dtype):
+def test_ray_makes_the_bytes_of_one_machine(tmp_path, write_particles, connected, dtype):
     source = write_particles(tmp_path / "in", count=500)
     options = {"images_per_shard": PER_SHARD, "dtype": dtype}
     expected = prepare(source, tmp_path / "local", **options)
@@ -63,7 +52,7 @@ def test_ray_makes_the_bytes_of_one_machine(tmp_path, write_particles, two_nodes
 
 
 @pytest.mark.slow
-def test_a_ray_worker_killed_in_its_task_changes_nothing(tmp_path, write_particles, two_nodes):
+def test_a_ray_worker_killed_in_its_task_changes_nothing(tmp_path, write_particles, connected):
     source = write_particles(tmp_path / "in", count=1000, box=128, per_stack=400)
     expected = prepare(source, tmp_path / "local", box=80, images_per_shard=PER_SHARD)
     killed: list[int] = []
@@ -94,7 +83,7 @@ def kill_a_worker(store: Path, killed: list[int], timeout_s: float = 120.0) -> N
 
 
 @pytest.mark.slow
-def test_a_ray_workers_refusal_is_the_one_line_of_one_machine(tmp_path, write_particles, two_nodes, refusal):
+def test_a_ray_workers_refusal_is_the_one_line_of_one_machine(tmp_path, write_particles, connected, refusal):
     source = write_particles(tmp_path / "in")
     with mrcfile.open(source.parent / "stacks" / "part01.mrcs", "r+") as mrc:
         mrc.data[7] = 1.0
@@ -110,7 +99,7 @@ def test_a_ray_workers_refusal_is_the_one_line_of_one_machine(tmp_path, write_pa
 
 
 @pytest.mark.slow
-def test_a_node_that_does_not_see_the_store_is_named(tmp_path, two_nodes, refusal):
+def test_a_node_that_does_not_see_the_store_is_named(tmp_path, connected, refusal):
     words = [str(tmp_path / "elsewhere"), "not there on", "all nodes"]
     refusal(StoreError, words, lambda: list(ray_engine(tmp_path / "elsewhere", [0])))
 
@@ -160,7 +149,7 @@ def test_what_a_killed_slurm_job_left_out_is_made_by_the_last_one(tmp_path, writ
     wait_until(lambda: squeue("--states=RUNNING", f"--jobs={array}_1") != [])
     subprocess.run(["scancel", "--signal=KILL", "--full", f"{array}_1"], check=True)
     wait_until(lambda: squeue("--format=%A") == [last])
-    assert missing_shards(store) == [1, 3, 5, 7]
+    assert shards.missing_shards(store) == [1, 3, 5, 7]
     subprocess.run(["scontrol", "release", last], check=True)
     wait_until(lambda: squeue() == [])
     assert contents(store) == contents(expected)
@@ -183,20 +172,22 @@ def test_no_slurm_here_is_told_before_anything_is_written(tmp_path, monkeypatch,
     refusal(ConfigError, ["--engine slurm: no sbatch", "--engine local"], lambda: choose_engine("slurm"))
 
 
-def test_two_processes_that_make_the_same_shards_leave_them_whole(tmp_path, write_particles):
-    source = write_particles(tmp_path / "in", count=500)
-    expected = prepare(source, tmp_path / "once", images_per_shard=PER_SHARD, dtype="compact")
-    store = prepare(source, tmp_path / "twice", images_per_shard=PER_SHARD, dtype="compact", only_begin=True)
-    context = multiprocessing.get_context("spawn")
-    makers = [context.Process(target=make_all, args=(store, range(8))) for _ in range(2)]
-    for maker in makers:
-        maker.start()
-    for maker in makers:
-        maker.join()
-    assert [maker.exitcode for maker in makers] == [0, 0]
-    assert contents(prepare(source, store, images_per_shard=PER_SHARD, dtype="compact")) == contents(expected)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "compact"])
+def test_a_shard_that_two_processes_make_at_once_is_whole(tmp_path, write_particles, monkeypatch, dtype):
+    source, options = write_particles(tmp_path / "in"), {"images_per_shard": PER_SHARD, "dtype": dtype}
+    expected = prepare(source, tmp_path / "once", **options)
+    store = prepare(source, tmp_path / "twice", only_begin=True, **options)
+    replacing = shards.replacing
 
+    @contextlib.contextmanager
+    def overtaken(path: Path, **how: bool) -> Iterator[Path]:
+        with replacing(path, **how) as partial:
+            yield partial
+            code = "import sys, pathlib; from data_prep.shards import write_shard; write_shard(pathlib.Path(sys.argv[1]), 1)"
+            subprocess.run([sys.executable, "-c", code, store], check=True)
 
-def make_all(store: Path, shards: range) -> None:
-    for shard in shards:
-        write_shard(store, shard)
+    monkeypatch.setattr(shards, "replacing", overtaken)
+    shards.write_shard(store, 1)
+    monkeypatch.undo()
+    assert contents(prepare(source, store, **options)) == contents(expected)

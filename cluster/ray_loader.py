@@ -1,0 +1,168 @@
+"""`data.loader = "ray"`: the blocks of training (`spire_dist.data.blocks`), read by actors of a Ray cluster.
+
+Every node has one pool of readers, named after the run, which all ranks of the node find and share. A block is read, and
+decompressed where it is compressed, once for all of them, and each rank maps its own part of it out of Ray's object store.
+What is read is known by the numbers of block and rank alone, so a reader that was killed is replaced by any other, and no
+particle is lost or seen twice. Called by `spire-dist train`; `spire_dist` itself never imports Ray.
+"""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from cluster.ray_cluster import ray_cluster, told_by_a_worker
+from spire_dist.data.order import MOST_READERS, Order
+from spire_dist.data.store import ParticleStore
+from spire_dist.errors import StoreError
+
+if TYPE_CHECKING:
+    from spire_dist.data.blocks import Blocks
+
+READERS = 2
+"""Actors per node; so many blocks are read ahead."""
+KEPT = 2
+"""Blocks that a reader holds for ranks that have not taken their part; ranks work in step, at most a block apart."""
+TRIES = 10
+"""So often a block is asked for when its readers are killed."""
+
+
+@contextmanager
+def ray_blocks(store: Path, run: Path, readers: int = READERS, address: str | None = None) -> Iterator["Blocks"]:
+    """Inside the block: what reads the particles of `store` for the run directory `run`, by `readers` actors on this node.
+
+    `address` as for `ray_cluster`: ranks share readers where it, or RAY_ADDRESS, names a cluster; else each has its own.
+    Raises ConfigError where there is no Ray, StoreError for a store that cannot be read.
+    """
+    particles = ParticleStore.open(store)
+    block_bytes = MOST_READERS * particles.images_per_chunk * particles.box**2 * particles.images.dtype.itemsize
+    digest = hashlib.sha256(f"{run.absolute()} {store.absolute()}".encode()).hexdigest()[:12]
+    with ray_cluster(address, cpus=readers, object_store_bytes=(readers + 2) * block_bytes):
+        yield partial(_blocks, Pool(store.absolute(), f"{run.name}-{digest}", readers))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank asks for: its part of a block."""
+
+    order: Order
+    block: int
+    rank: int
+    world: int
+    local: int
+    """Ranks on its node, which are neighbours."""
+
+    @property
+    def node(self) -> int:
+        """Number of its node; for the order, a node is one rank of fewer."""
+        return self.rank // self.local
+
+    def within(self) -> slice:
+        """Where it lies among the images of its node's block."""
+        ranks = range(self.node * self.local, self.rank + 1)
+        sizes = [self.order.portion(self.block, rank, self.world).size for rank in ranks]
+        return slice(sum(sizes[:-1]), sum(sizes))
+
+
+def _blocks(pool: "Pool", order: Order, rank: int, world: int, first: int) -> Generator[NDArray[Any]]:
+    """Blocks of a rank from `first` on, as many being read ahead as there are readers."""
+    from spire_dist.data.blocks import local_ranks
+
+    local = local_ranks() if world % local_ranks() == 0 else 1
+    parts = (Part(order, block, rank, world, local) for block in count(first))
+    ahead = deque((part, pool.ask(part)) for part in islice(parts, pool.readers))
+    for part in parts:
+        images = pool.take(*ahead.popleft())
+        ahead.append((part, pool.ask(part)))
+        yield images
+
+
+@dataclass
+class Pool:
+    """The readers of this node, found by name or started."""
+
+    store: Path
+    name: str
+    readers: int
+    _found: dict[int, Any] = field(default_factory=dict)
+
+    def ask(self, part: Part) -> Any:
+        """Have it read; `take` waits for the answer."""
+        number = part.block % self.readers
+        if number not in self._found:
+            self._found[number] = self._reader(number)
+        return self._found[number].read.remote(part)
+
+    def take(self, part: Part, answer: Any) -> NDArray[Any]:
+        """The images [n, D, D] as they lie in the object store; asked for again where their reader was lost."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        for _ in range(TRIES):
+            try:
+                return ray.get(answer)
+            except RayTaskError as error:
+                raise told_by_a_worker(error) from None
+            except RayError as error:
+                lost = type(error).__name__
+                time.sleep(0.2)  # until its name is free
+                del self._found[part.block % self.readers]
+                answer = self.ask(part)
+        raise StoreError(
+            f"data.loader = ray: readers of {self.store} were lost {TRIES} times over one block ({lost}), perhaps for their "
+            "memory; give the job more, or set data.loader = local"
+        )
+
+    def _reader(self, number: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        node = ray.get_runtime_context().get_node_id()
+        actor = ray.remote(Reader).options(
+            name=f"{self.name}-{node}-{number}",
+            namespace="spire-dist",
+            get_if_exists=True,
+            num_cpus=0,  # does not wait for cores that others hold
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        )
+        return actor.remote(self.store)
+
+
+@dataclass
+class Reader:
+    """The actor: reads one block after the other; started again, it needs nothing of its former life."""
+
+    path: Path
+    _kept: dict[tuple[Order, int, int], tuple[NDArray[Any], set[int]]] = field(default_factory=dict)
+    """Blocks of a node, and the ranks that have not taken their parts."""
+
+    @cached_property
+    def store(self) -> ParticleStore:
+        """Opened for the first block, so that whoever asks for it is told what is wrong."""
+        return ParticleStore.open(self.path)
+
+    def read(self, part: Part) -> NDArray[Any]:
+        """The images [n, D, D], as stored, of a part: read for all ranks of the node at once and kept for the others."""
+        key = part.order, part.block, part.node
+        if key not in self._kept:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            runs = part.order.portion(part.block, part.node, part.world // part.local).runs
+            self.store.images.announce(runs)
+            first = part.node * part.local
+            self._kept[key] = self.store.images.read(runs), set(range(first, first + part.local))
+        images, waiting = self._kept[key]
+        waiting.discard(part.rank)
+        if not waiting:
+            del self._kept[key]
+        return images[part.within()]

@@ -1,0 +1,147 @@
+"""Blocks read by actors of a Ray cluster: the bits of the plain loader, for one rank or two, whatever is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from cluster.ray_loader import Part, Reader, ray_blocks
+from data_prep.convert import prepare
+from spire_dist.cli import app
+from spire_dist.config import RunConfig
+from spire_dist.data.blocks import Blocks
+from spire_dist.data.loader import BatchSource
+from spire_dist.data.order import Order
+from spire_dist.data.store import ParticleStore
+from spire_dist.errors import StoreError
+
+BATCH, STEPS = 4, 160
+"""A block is 256 of the 500 particles; the steps go into a second epoch."""
+
+
+@pytest.fixture(scope="module", params=["float16", "compact"])
+def store(request, tmp_path_factory, write_particles) -> ParticleStore:
+    folder = tmp_path_factory.mktemp("blocks")
+    source = write_particles(folder / "in", count=500)
+    return ParticleStore.open(prepare(source, folder / "store", images_per_shard=128, dtype=request.param))
+
+
+def order_of(store: ParticleStore) -> Order:
+    return Order(store.count, store.images_per_chunk, BATCH, 0)
+
+
+@pytest.mark.parametrize(("world", "local"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+def test_ranks_of_a_node_share_one_reading_and_get_what_each_would_read(store, monkeypatch, world, local):
+    order, reads = order_of(store), []
+    reader = Reader(store.path)
+    read = type(store.images).read
+    monkeypatch.setattr(type(store.images), "read", lambda self, runs: reads.append(runs) or read(self, runs))
+    for block in range(2 * order.blocks_per_epoch):
+        for rank in range(world):
+            found = reader.read(Part(order, block, rank, world, local))
+            np.testing.assert_array_equal(found, read(store.images, order.portion(block, rank, world).runs))
+    assert len(reads) == 2 * order.blocks_per_epoch * world // local
+
+
+def test_a_rank_that_comes_late_or_again_gets_its_part_all_the_same(store):
+    order, reader = order_of(store), Reader(store.path)
+    for block in (0, 1, 2, 3, 0, 3, 3):
+        part = Part(order, block, 1, 2, 2)
+        np.testing.assert_array_equal(reader.read(part), store.images.read(order.portion(block, 1, 2).runs))
+
+
+RANK = """
+import sys
+from itertools import islice
+from pathlib import Path
+import numpy as np, ray, torch
+from cluster.ray_loader import ray_blocks
+from spire_dist.data.loader import BatchSource
+from spire_dist.data.store import ParticleStore
+store, out, rank, world, batch, steps = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:])
+with ray_blocks(store, store / "run") as blocks:
+    source = BatchSource(ParticleStore.open(store), blocks=blocks)
+    batches = list(islice(source.training(source.order(batch, 0), 1, rank, world), steps))
+    actors = [entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True)]
+    np.savez(out, rows=torch.cat([b.rows for b in batches]), images=torch.cat([b.images for b in batches]), actors=actors)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_are_those_of_the_plain_loader_and_ranks_share_readers(store, two_nodes, tmp_path, world):
+    environment = os.environ | {"RAY_ADDRESS": two_nodes, "LOCAL_WORLD_SIZE": str(world)}
+    ranks = []
+    for rank in range(world):
+        numbers = [str(number) for number in (rank, world, BATCH, STEPS)]
+        command = [sys.executable, "-c", RANK, store.path, tmp_path / f"{rank}.npz", *numbers]
+        ranks.append(subprocess.Popen(command, env=environment))
+    assert [rank.wait(120) for rank in ranks] == [0] * world
+    source, seen = BatchSource(store), set()
+    for rank in range(world):
+        found = np.load(tmp_path / f"{rank}.npz")
+        plain = list(islice(source.training(order_of(store), 1, rank, world), STEPS))
+        np.testing.assert_array_equal(found["rows"], np.concatenate([batch.rows for batch in plain]))
+        np.testing.assert_array_equal(found["images"], np.concatenate([batch.images for batch in plain]))
+        seen.update(found["actors"].tolist())
+    assert len(seen) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["float16"], indirect=True)
+def test_readers_that_are_killed_are_replaced_and_no_particle_is_lost_or_repeated(store, two_nodes, tmp_path):
+    import ray
+
+    order, seen = order_of(store), set()
+    with (
+        ray_blocks(store.path, tmp_path / "run", address=two_nodes) as blocks,
+        closing(blocks(order, 0, 1, 0)) as reading,
+    ):
+        for block, images in enumerate(islice(reading, 24)):
+            np.testing.assert_array_equal(images, store.images.read(order.portion(block).runs))
+            alive = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::Reader")]
+            seen.update(process.pid for process in alive)
+            if block in (4, 11):
+                alive[0].send_signal(signal.SIGKILL)
+            if block in (8, 16):
+                entry = ray.util.list_named_actors(all_namespaces=True)[0]
+                ray.kill(ray.get_actor(**entry))
+    assert len(seen) == 2 + 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["float16"], indirect=True)
+def test_a_damaged_shard_is_named_as_the_plain_loader_names_it(store, two_nodes, tmp_path, refusal):
+    (store.path / "images" / "c" / "1" / "0" / "0").rename(tmp_path / "shard")
+    try:
+        with ray_blocks(store.path, tmp_path / "run", address=two_nodes) as blocks:
+            refusal(
+                StoreError, ["images/c/1/0/0", "damaged"], lambda: list(islice(blocks(order_of(store), 0, 1, 0), 4))
+            )
+    finally:
+        (tmp_path / "shard").rename(store.path / "images" / "c" / "1" / "0" / "0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["float16"], indirect=True)
+def test_the_command_hands_the_readers_to_training(store, two_nodes, tmp_path, monkeypatch):
+    taken = []
+
+    def train(config: RunConfig, run: Path, blocks: Blocks) -> None:
+        taken.append(next(blocks(order_of(store), 0, 1, 3)).copy())
+
+    monkeypatch.setattr("spire_dist.training.train.train", train)
+    monkeypatch.setattr("spire_dist.results.export.export", lambda *args, **more: None)
+    monkeypatch.setattr("spire_dist.results.report.write_report", lambda run: run)
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes)
+    command = ["train", "--store", str(store.path), "--run", str(tmp_path / "run"), "--set", "data.loader=ray"]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    np.testing.assert_array_equal(taken, [store.images.read(order_of(store).portion(3).runs)])
