@@ -17,11 +17,26 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # which would swallow the defaults in square brackets
     help="CryoSPIRE: see molecules move. Particles in; parts, a latent space and maps out.",
 )
 
 Run = Annotated[Path, typer.Argument(help="Run directory of `spire-dist train`.")]
 Store = Annotated[Path, typer.Argument(help="Particle store made by `spire-dist prep`.")]
+Datadir = Annotated[Path | None, typer.Option(help="Folder the stacks' paths start from.")]
+StripPrefix = Annotated[str | None, typer.Option(help="What to leave out at the beginning of the stacks' names.")]
+Passthrough = Annotated[
+    list[Path] | None, typer.Option(help="cryoSPARC .cs with further columns, joined by uid; repeatable.")
+]
+Tomograms = Annotated[
+    Path | None, typer.Option(help="RELION's STAR of the tilt series, where not beside the particles.")
+]
+Poses = Annotated[
+    list[Path] | None,
+    typer.Option(help="cryoDRGN pose pickle instead of the file's poses; twice: rotations, then shifts."),
+]
+Ctf = Annotated[Path | None, typer.Option(help="cryoDRGN CTF pickle to use instead of the file's CTFs.")]
+Workers = Annotated[int | None, typer.Option(help="Processes [one per core].")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -99,26 +114,17 @@ def prep(
     ],
     store: Annotated[Path, typer.Argument(help="Store to make, or to finish where an earlier call was cut off.")],
     box: Annotated[int | None, typer.Option(help="px; Fourier-crop the images to this side.")] = None,
-    datadir: Annotated[Path | None, typer.Option(help="Folder the stacks' paths start from.")] = None,
-    strip_prefix: Annotated[
-        str | None, typer.Option(help="What to leave out at the beginning of the stacks' names.")
-    ] = None,
-    passthrough: Annotated[
-        list[Path] | None, typer.Option(help="cryoSPARC .cs with further columns, joined by uid; repeatable.")
-    ] = None,
-    tomograms: Annotated[
-        Path | None, typer.Option(help="RELION's STAR of the tilt series, where not beside the particles.")
-    ] = None,
+    datadir: Datadir = None,
+    strip_prefix: StripPrefix = None,
+    passthrough: Passthrough = None,
+    tomograms: Tomograms = None,
     sign: Annotated[str, typer.Option(help="+ protein bright in the input, - dark, auto: find out.")] = "auto",
     radius_a: Annotated[
         float | None, typer.Option(help="Å; particle radius, outside it is background [0.4 of the side].")
     ] = None,
     pixel_size: Annotated[float | None, typer.Option(help="Å/px of the input, where the file does not say.")] = None,
-    poses: Annotated[
-        list[Path] | None,
-        typer.Option(help="cryoDRGN pose pickle instead of the file's poses; twice: rotations, then shifts."),
-    ] = None,
-    ctf: Annotated[Path | None, typer.Option(help="cryoDRGN CTF pickle to use instead of the file's CTFs.")] = None,
+    poses: Poses = None,
+    ctf: Ctf = None,
     labels: Annotated[Path | None, typer.Option(help="True state of every particle (.npy or .pkl).")] = None,
     no_ctf: Annotated[bool, typer.Option(help="The images are projections without a CTF.")] = False,
     normalise: Annotated[bool, typer.Option(help="Bring every background to mean 0 and deviation 1.")] = True,
@@ -126,7 +132,7 @@ def prep(
     shuffle: Annotated[bool, typer.Option(help="Write particles in a seeded random order.")] = True,
     dtype: Annotated[str, typer.Option(help="float16, float32 or compact (8 bits, compressed) on disk.")] = "float16",
     images_per_shard: Annotated[int, typer.Option(help="Images in one file of the store.")] = 4096,
-    workers: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+    workers: Workers = None,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
     only_check_paths: Annotated[bool, typer.Option("--check-paths", help="Only look for the stacks.")] = False,
     dry_run: Annotated[
@@ -238,18 +244,12 @@ def add(
     store: Store,
     source: Annotated[Path, typer.Argument(help="Particle file with the new particles, as for prep.")],
     out: Annotated[Path, typer.Argument(help="Store to make of the old and the new particles.")],
-    datadir: Annotated[Path | None, typer.Option(help="Folder the stacks' paths start from.")] = None,
-    strip_prefix: Annotated[
-        str | None, typer.Option(help="What to leave out at the beginning of the stacks' names.")
-    ] = None,
-    passthrough: Annotated[
-        list[Path] | None, typer.Option(help="cryoSPARC .cs with further columns, joined by uid; repeatable.")
-    ] = None,
-    poses: Annotated[
-        list[Path] | None,
-        typer.Option(help="cryoDRGN pose pickle instead of the file's poses; twice: rotations, then shifts."),
-    ] = None,
-    ctf: Annotated[Path | None, typer.Option(help="cryoDRGN CTF pickle to use instead of the file's CTFs.")] = None,
+    datadir: Datadir = None,
+    strip_prefix: StripPrefix = None,
+    passthrough: Passthrough = None,
+    tomograms: Tomograms = None,
+    poses: Poses = None,
+    ctf: Ctf = None,
     labels: Annotated[Path | None, typer.Option(help="True state of every new particle (.npy or .pkl).")] = None,
     sign: Annotated[
         str | None, typer.Option(help="+ protein bright in the input, - dark, auto: find out [as for the store].")
@@ -257,14 +257,15 @@ def add(
     allow_duplicates: Annotated[
         bool, typer.Option("--allow-duplicates", help="Images that the store has may be there twice.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes [one per core].")] = None,
+    workers: Workers = None,
 ) -> None:
     """Make a store of another one and further particles, prepared in the same way."""
     from data_prep.edit import add as run
 
     done = run(
         store, source, out, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (),
-        poses=poses or (), ctf=ctf, labels=labels, sign=sign, allow_duplicates=allow_duplicates, workers=workers,
+        tomograms=tomograms, poses=poses or (), ctf=ctf, labels=labels, sign=sign,
+        allow_duplicates=allow_duplicates, workers=workers,
     )  # fmt: skip
     print(f"{out}: {done}")
 
