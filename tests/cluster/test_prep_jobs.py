@@ -2,6 +2,9 @@
 
 import contextlib
 import hashlib
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -139,20 +142,52 @@ def test_slurm_makes_the_bytes_of_one_machine_and_the_command_does_not_wait(tmp_
 
 
 @pytest.mark.slow
-def test_what_a_killed_slurm_job_left_out_is_made_by_the_last_one(tmp_path, write_particles, slurm):
+def test_a_slurm_job_at_its_time_limit_goes_on_and_the_last_job_makes_what_a_killed_one_left_out(
+    tmp_path, write_particles, slurm
+):
     source = write_particles(tmp_path / "in", count=500)
     expected = prepare(source, tmp_path / "local", images_per_shard=PER_SHARD)
     store = prepare(source, tmp_path / "slurm", images_per_shard=PER_SHARD, only_begin=True)
-    array, last = jobs = queue_shards(store, tasks=2, time_min=10)
-    subprocess.run(["scontrol", "hold", last], check=True)
-    assert queue_shards(store, tasks=2, time_min=10) == jobs  # once is enough
-    wait_until(lambda: squeue("--states=RUNNING", f"--jobs={array}_1") != [])
-    subprocess.run(["scancel", "--signal=KILL", "--full", f"{array}_1"], check=True)
+    with unreadable(source.parent / "stacks"):
+        array, last = jobs = queue_shards(store, tasks=2, time_min=20)
+        subprocess.run(["scontrol", "hold", last], check=True)
+        assert queue_shards(store, tasks=2, time_min=20) == jobs  # once is enough
+        wait_until(lambda: working(store) == {"0", "1"})
+        subprocess.run(["scancel", "--signal=USR2", f"{array}_0"], check=True)  # what comes before a time limit
+        subprocess.run(["scancel", "--signal=KILL", "--full", f"{array}_1"], check=True)
+        wait_until(lambda: working(store) == set())
     wait_until(lambda: squeue("--format=%A") == [last])
     assert shards.missing_shards(store) == [1, 3, 5, 7]
     subprocess.run(["scontrol", "release", last], check=True)
     wait_until(lambda: squeue() == [])
     assert contents(store) == contents(expected)
+
+
+@contextlib.contextmanager
+def unreadable(folder: Path) -> Iterator[None]:
+    """Inside the block whoever opens a file of the folder waits."""
+    files = list(folder.iterdir())
+    away = folder.rename(folder.with_name("away"))
+    folder.mkdir()
+    for file in files:
+        os.mkfifo(file)
+    yield
+    shutil.rmtree(folder)
+    away.rename(folder)
+
+
+def working(store: Path) -> set[str]:
+    """Numbers of the array's jobs that are at work: ready to be told of a time limit."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            command = process.cmdline()
+            if command[:1] == [sys.executable] and f"{store}.jobs" in command:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                caught = int(status.split("SigCgt:")[1].split()[0], 16)
+                if caught >> (signal.SIGUSR2 - 1) & 1:
+                    found.add(process.environ()["SLURM_ARRAY_TASK_ID"])
+    return found
 
 
 @pytest.mark.slow
