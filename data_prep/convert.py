@@ -26,7 +26,7 @@ from data_prep import locate
 from data_prep.plan import Inputs, Options, Plan, make_plan, read_inputs, with_sign
 from data_prep.shards import is_noted, missing_shards, read_attributes, shards_of, write_shard
 from data_prep.writing import finish, planned_tables, write_stacks, write_tables
-from spire_dist.errors import ConfigError, SourceError, StoreError
+from spire_dist.errors import ConfigError, SourceError, Stopped, StoreError
 from spire_dist.files import remove
 from spire_dist.progress import progress
 from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME, SCHEMA_VERSION, STACKS_NAME
@@ -157,8 +157,8 @@ def complete(store: Path, engine: Engine, what: str = "prep") -> None:
     if (store / MANIFEST_NAME).exists():
         return
     attributes = read_attributes(store)
+    missing, total = missing_shards(store), len(shards_of(attributes))
     try:
-        missing, total = missing_shards(store), len(shards_of(attributes))
         for _ in progress(engine(store, missing), what, total=total, unit="shard", done=total - len(missing)):
             pass
         unmade = [shard for shard in missing if not is_noted(store, shard)]
@@ -169,6 +169,9 @@ def complete(store: Path, engine: Engine, what: str = "prep") -> None:
         finish(store, attributes)
     except OSError as error:
         raise cannot_write(store, error) from error
+    except KeyboardInterrupt:
+        made = total - len(missing_shards(store))
+        raise Stopped(f"{store}: stopped with {made} of {total} shards made; the same command goes on") from None
 
 
 def in_processes(store: Path, shards: list[int], workers: int) -> Iterator[int]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -204,6 +205,27 @@ def test_a_killed_prep_goes_on_and_ends_in_the_same_bytes(tmp_path, write_partic
     prepare(source, store, images_per_shard=64)
     assert all(path.stat().st_mtime_ns == written for path, written in noted.items())  # not made again
     assert _contents(store) == _contents(expected)
+
+
+def test_an_interrupted_prep_says_how_far_it_came_and_goes_on(tmp_path, write_particles):
+    source = write_particles(tmp_path / "in", count=1500, box=64, per_stack=500)
+    store = tmp_path / "store"
+    words = [source, store, "--images-per-shard", 64, "--workers", 2]
+    command = [sys.executable, "-m", "spire_dist.cli", "prep", *map(str, words)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((store / ".prep").glob("shard-*")):
+        assert process.poll() is None, "finished before it could be interrupted"
+        assert time.monotonic() < deadline
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    errors = process.communicate(timeout=120)[1].strip().splitlines()
+    assert process.returncode == 75
+    assert re.fullmatch(
+        r"spire-dist: .*/store: stopped with \d+ of 24 shards made; the same command goes on", errors[-1]
+    )
+    assert not any("Traceback" in line for line in errors)
+    subprocess.run(command, check=True, capture_output=True)
+    assert _contents(store) == _contents(prepare(source, tmp_path / "whole", images_per_shard=64))
 
 
 def test_a_half_written_shard_is_made_again(tmp_path, write_particles):
