@@ -151,16 +151,19 @@ def _bits(typingctx, value):
     )
 
 
-def quantise(images: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+def quantise(images: NDArray[np.float32], *, normalised: bool) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Images [n, D, D] as int8 and scales [n]: pixel ≈ value × scale.
 
-    The step is 1/16 of the image's standard deviation, which adds 0.03 % to the variance of its noise (step² / 12), or
-    larger where the largest value would not fit into 127 steps: nothing is clipped.
+    The step is 1/16 of the noise's standard deviation, which adds 0.03 % to its variance (step² / 12), or larger where
+    the largest value would not fit into 127 steps. For normalised images, whose noise is 1, it is never larger than 1/4,
+    so that a hot pixel cannot erase the image it lies in; values beyond 127 such steps (31.75), which only a faulty
+    detector makes, are clipped. Of images that are not normalised nothing is clipped.
     """
     flat = images.reshape(len(images), -1)
-    step = np.maximum(flat.std(axis=1) / 16, np.abs(flat).max(axis=1) / 127)
+    fitting = np.abs(flat).max(axis=1) / 127
+    step = np.clip(fitting, 1 / 16, 1 / 4) if normalised else np.maximum(flat.std(axis=1) / 16, fitting)
     scales = np.where(step > 0, step, 1).astype(np.float32)
-    return np.rint(images / scales[:, None, None]).astype(np.int8), scales
+    return np.clip(np.rint(images / scales[:, None, None]), -127, 127).astype(np.int8), scales
 
 
 def centre_contrast(images: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -53,7 +53,7 @@ def raw_images(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     for file in np.unique(files):
         stack, mine = recipe.stacks[file], np.flatnonzero(files == file)
         pixels = read_slices(stack, recipe.slice[rows[mine]])
-        spans = np.array([_span(stack.box, recipe.extent_a, size) for size in recipe.pixel_size_a[rows[mine]]])
+        spans = np.array([_span(stack.box, recipe, size) for size in recipe.pixel_size_a[rows[mine]]])
         for span in np.unique(spans):  # one, unless optics groups share a stack
             same = spans == span
             images[mine[same]] = resample(pixels[same], resampling_matrix(stack.box, recipe.box, float(span)))
@@ -80,7 +80,7 @@ def store_images(
     elif recipe.sign < 0:
         np.negative(images, out=images)
     if recipe.dtype == "int8":
-        values, scales = quantise(images)
+        values, scales = quantise(images, normalised=recipe.radius_a is not None)
         out[places] = values
         return scales
     if recipe.dtype == "float16":
@@ -108,7 +108,12 @@ def batches_in_file_order(recipe: Recipe, rows: NDArray[np.int64]) -> list[NDArr
     return batches
 
 
-def _span(box: int, extent_a: float, pixel_size_a: float) -> float:
-    """Side of the common field of view in an image's own pixels; rounded so that equal cases are exactly equal."""
-    span = extent_a / pixel_size_a
-    return float(box) if abs(span / box - 1) < SAME_EXTENT else round(span, 6)
+def _span(box: int, recipe: Recipe, pixel_size_a: float) -> float:
+    """Side of the common field of view in an image's own pixels; rounded so that equal cases are exactly equal.
+
+    Where it is the images' box or the recipe's but for `SAME_EXTENT`, it counts as that: nothing, or nothing but the
+    field of view, changes then.
+    """
+    span = recipe.extent_a / pixel_size_a
+    same = (side for side in (box, recipe.box) if abs(span / side - 1) < SAME_EXTENT)
+    return float(next(same, round(span, 6)))

@@ -160,6 +160,27 @@ def test_two_pixel_sizes_are_brought_to_one_grid(tmp_path):
         np.testing.assert_allclose(image, expected, atol=2e-3)
 
 
+def test_pixel_sizes_that_differ_in_their_last_digits_share_a_grid(tmp_path):
+    """100 px of 1.3099979 Å and 120 px of 1.31 Å: the field of view is 99.99984 of the coarser pixels, which is 100."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((2, 120, 120)).astype(np.float32)
+    optics, rows = [], []
+    for group, (pixel_size, box) in enumerate([(1.3099979, 100), (1.31, 120)], start=1):
+        with mrcfile.new(tmp_path / f"{group}.mrcs") as mrc:
+            mrc.set_data(images[:, 60 - box // 2 : 60 + box // 2, 60 - box // 2 : 60 + box // 2].copy())
+        optics.append({"rlnOpticsGroup": group, "rlnImagePixelSize": pixel_size, "rlnImageSize": box})
+        rows += [{"rlnImageName": f"{i}@{group}.mrcs", "rlnOpticsGroup": group} for i in (1, 2)]
+    particles = pd.DataFrame(rows).assign(rlnAngleRot=0.0, rlnAngleTilt=0.0, rlnAnglePsi=0.0)
+    starfile.write({"optics": pd.DataFrame(optics), "particles": particles}, tmp_path / "a.star")
+    options = {"no_ctf": True, "normalise": False, "shuffle": False, "sign": "+", "dtype": "float32"}
+    store = ParticleStore.open(prepare(tmp_path / "a.star", tmp_path / "store", **options))
+    assert (store.box, store.pixel_size) == (100, pytest.approx(1.3099979))
+    stored = store.read(np.arange(4))
+    np.testing.assert_array_equal(stored[:2], images[:, 10:110, 10:110])
+    # White noise loses its waves beyond the new Nyquist, which are none here: the same pixels, cut out.
+    np.testing.assert_allclose(stored[2:], images[:, 10:110, 10:110], atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["npy", "pkl"])
 def test_labels_follow_their_particles(tmp_path, write_particles, kind):
     labels = np.arange(150) % 7

@@ -128,20 +128,42 @@ def test_compact_images_are_the_exact_ones_within_half_a_step(tmp_path, write_pa
     images, expected = compact["images"][...][back], exact["images"][...][order]
     assert images.dtype == np.int8
     assert (np.abs(images * scale - expected) <= 0.5001 * scale).all()
-    np.testing.assert_allclose(np.median(scale), expected.std(axis=(1, 2)).mean() / 16, rtol=0.1)
+    assert np.median(scale) == 1 / 16  # of the background
 
 
-def test_an_outlier_widens_the_step_and_is_not_clipped(tmp_path, write_particles):
-    source = write_particles(tmp_path / "in", count=70)
-    path = source.parent / "stacks/part00.mrcs"
-    pixels = np.memmap(path, np.float32, "r+", 1024).reshape(-1, 16, 16)
-    pixels[3, 8, 8] = 500.0
+def _with_pixel(source, value):
+    """Image 4 of `source` with this value in its centre."""
+    pixels = np.memmap(source.parent / "stacks/part00.mrcs", np.float32, "r+", 1024).reshape(-1, 16, 16)
+    pixels[3, 8, 8] = value
     pixels.flush()
-    store = zarr.open_group(prepare(source, tmp_path / "store", dtype="compact", sign="+"), mode="r")
-    row = int(np.flatnonzero(store["source_index"][...] == 3)[0])
-    assert store["images"][row].max() == 127
-    assert store["images"][row].max() * store["scale"][row] > 300
-    assert np.median(store["scale"][...]) < 0.2
+    return source
+
+
+@pytest.mark.parametrize(("value", "step"), [(5.0, 1 / 16), (20.0, None), (2000.0, 1 / 4), (-2000.0, 1 / 4)])
+def test_a_hot_pixel_does_not_cost_the_image_it_lies_in(tmp_path, write_particles, value, step):
+    source = _with_pixel(write_particles(tmp_path / "in", count=70, contrast=0.5), value)
+    compact, exact = (
+        zarr.open_group(prepare(source, tmp_path / dtype, dtype=dtype, sign="+", shuffle=False), mode="r")
+        for dtype in ("compact", "float32")
+    )
+    images, scale, expected = compact["images"][...], compact["scale"][...], exact["images"][...]
+    largest = np.abs(expected).max(axis=(1, 2))
+    if step is None:
+        assert 1 / 16 < scale[3] < 1 / 4
+        step = largest[3] / 127
+    assert scale[3] == pytest.approx(step, rel=1e-6)
+    others = np.arange(70) != 3
+    assert (scale[others & (largest < 7.9)] == 1 / 16).all()
+    clipped = np.clip(expected, -31.75, 31.75)
+    assert (np.abs(images * scale[:, None, None] - clipped) <= 0.5001 * scale[:, None, None]).all()
+    assert np.median(scale) == 1 / 16
+
+
+def test_nothing_is_clipped_in_images_that_are_not_normalised(tmp_path, write_particles):
+    source = _with_pixel(write_particles(tmp_path / "in", count=70), 2000.0)
+    options = {"dtype": "compact", "sign": "+", "shuffle": False, "normalise": False}
+    store = zarr.open_group(prepare(source, tmp_path / "store", **options), mode="r")
+    assert store["images"][3].max() * store["scale"][3] == pytest.approx(2000, rel=1e-5)
 
 
 def test_a_compact_store_that_was_cut_off_ends_in_the_same_bytes(tmp_path, write_particles):
