@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from data_prep.convert import begin, begun_attributes, complete, in_processes
 from data_prep.copying import copy_rows
 from data_prep.plan import STACK_SUFFIXES, Inputs, Options
+from data_prep.query import by_query
 from data_prep.recipe import SAME_EXTENT
 from data_prep.shards import read_attributes, size_and_hash
-from data_prep.subset import by_query, in_file, in_rows, stack_paths, with_labels
+from data_prep.subset import in_file, in_rows, stack_paths, with_labels
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, StoreError
 from spire_dist.files import remove
@@ -70,7 +71,7 @@ def filter_store(
         star: RELION .star or cryoSPARC .cs/.csg that lists the particles (`subset.in_file`).
         rows: .npy, .pkl or text of rows of the input, from 0, as cryoDRGN's --ind takes (`source_index`).
         label: true states.
-        query: pandas expression on columns (`subset.columns_of`), e.g. "defocus_a < 20000 and label == 3".
+        query: expression on columns (`query.columns_of`), e.g. "defocus_a < 20000 and label == 3".
         invert: those for which not all of that holds.
 
     Raises `ConfigError`, `SourceError` or `StoreError` in one line, also where nothing would be kept.

@@ -1,12 +1,11 @@
-"""Which particles of a store a user means: those of a STAR or .cs file, rows of the input, labels, or a query on columns.
+"""Which particles of a store a user means: those of a STAR or .cs file, rows of the input, or labels.
 
 Called by `edit.py`. A subset file may name its stacks by other folders than the store was made from: a stack that is not
 where prep would look for it is recognised by the end of its path, and that is said.
 """
 
-import ast
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,8 +18,6 @@ from data_prep.locate import PARENTS_SEARCHED
 from spire_dist import numpy_pickle
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
-from spire_dist.physics.poses import relion_angles_from_matrices
-from spire_dist.schema import CTF_COLUMNS
 from spire_dist.star import read_blocks
 
 Kept = NDArray[np.bool_]
@@ -28,13 +25,6 @@ Kept = NDArray[np.bool_]
 WHOLE_STACK = -1
 """Slice of a name without "@": a file of one image, or all tilts of a particle."""
 STACK_SUFFIXES = (".mrc", ".mrcs")
-ALLOWED = (
-    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.Invert, ast.USub, ast.UAdd),
-    *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Mod, ast.Pow, ast.BitAnd, ast.BitOr),
-    *(ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn),
-    *(ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple),
-)
-"""What a query is made of: no call, attribute or index, so that it can do nothing but compare."""
 
 
 def in_file(store: ParticleStore, path: Path) -> tuple[Kept, str]:
@@ -119,57 +109,6 @@ def with_labels(store: ParticleStore, labels: Sequence[int]) -> tuple[Kept, str]
     return np.isin(store.label, labels), f"label {' or '.join(map(str, labels))}"
 
 
-def by_query(store: ParticleStore, query: str) -> tuple[Kept, str]:
-    """The particles for which an expression on the columns of `columns_of` is true, in the syntax of pandas.
-
-    Raises `ConfigError` naming a column that is not there, or what cannot be evaluated.
-    """
-    columns = columns_of(store)
-    try:
-        nodes = list(ast.walk(ast.parse(query.strip(), mode="eval")))
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f"query: {query!r} cannot be read; expected like defocus_a < 20000 and label == 3") from error
-    for node in nodes:
-        if not isinstance(node, ALLOWED):
-            what = type(node).__name__
-            raise ConfigError(
-                f"query: {query!r} holds {what}; comparisons, arithmetic, and, or, not and in are allowed"
-            )
-        if isinstance(node, ast.Name) and node.id not in columns:
-            raise ConfigError(f"query: no column {node.id}; {store.path} has {', '.join(columns)}")
-    used = {node.id for node in nodes if isinstance(node, ast.Name)}
-    if not used:
-        raise ConfigError(f"query: {query!r} names no column; {store.path} has {', '.join(columns)}")
-    table = pd.DataFrame({name: columns[name]() for name in used})
-    try:
-        kept = table.eval(query.strip(), engine="python")
-    except Exception as error:  # pandas raises whatever its columns do
-        raise ConfigError(f"query: {query!r} cannot be evaluated ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(kept, pd.Series) or kept.dtype != bool:
-        raise ConfigError(f"query: {query!r} is not true or false for each particle; expected like defocus_a < 20000")
-    return kept.to_numpy(), query.strip()
-
-
-def columns_of(store: ParticleStore) -> dict[str, Callable[[], Any]]:
-    """What a query may name: column -> function that gives its N values. Lengths in Å, angles in degrees."""
-    names = ("optics_group", "source", "source_index", "stack", "slice", "input_pixel_size", "uid", "label")
-    columns: dict[str, Callable[[], Any]] = {
-        name: lambda name=name: getattr(store, name) for name in names if getattr(store, name) is not None
-    }
-    columns["optics_group_name"] = lambda: _named(
-        store.optics_group, [g["name"] for g in store.attributes["optics_groups"]]
-    )
-    columns["stack_name"] = lambda: _named(store.stack, [path.name for path in stack_paths(store)])
-    if store.attributes["has_ctf"]:
-        columns |= {name: lambda i=i: store.ctf[:, i] for i, name in enumerate(CTF_COLUMNS)}
-        columns["defocus_a"] = lambda: (store.ctf[:, 0] + store.ctf[:, 1]) / 2
-    if store.has_poses:
-        columns |= {name: lambda i=i: store.shifts[:, i] for i, name in enumerate(("shift_x", "shift_y"))}
-        angles = ("rot", "tilt", "psi")
-        columns |= {n: lambda i=i: relion_angles_from_matrices(store.rotations)[:, i] for i, n in enumerate(angles)}
-    return columns
-
-
 def match_stacks(
     path: Path, names: Sequence[str], stacks: Sequence[Path]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -245,11 +184,6 @@ def _common_end(name: str, path: Path) -> int:
 def stack_paths(store: ParticleStore) -> list[Path]:
     """The stacks that a store was made from, in the order that its `stack` counts them."""
     return [Path(stack["path"]) for stack in store.read_stacks()]
-
-
-def _named(numbers: NDArray[np.int32], names: list[str]) -> pd.Categorical:
-    distinct, places = np.unique(names, return_inverse=True)
-    return pd.Categorical.from_codes(places[numbers], [str(name) for name in distinct])
 
 
 def _of_file(path: Path, count: int, lacking: NDArray[np.int64], first: list[str]) -> str:
