@@ -44,7 +44,7 @@ def verify_store(store: Path, *, source: bool = True) -> list[str]:
         problems.append(f"{store / MANIFEST_NAME}: its fingerprint is not that of its files; make the store again")
     if source:
         changed = _changed_inputs(particles)
-        problems += changed or _different_images(particles)
+        problems += changed or ([] if problems else _different_images(particles))
     return problems
 
 
@@ -53,8 +53,11 @@ def inspect_store(store: Path, picture: Path | None = None) -> str:
     particles = ParticleStore.open(Path(store))
     text = "\n".join(f"{name:<13}{value}" for name, value in _facts(particles))
     if picture is not None:
-        draw_picture(particles, Path(picture))
-        text += f"\n{'picture':<13}{picture}"
+        try:
+            draw_picture(particles, Path(picture))
+            text += f"\n{'picture':<13}{picture}"
+        except OSError as error:
+            text += f"\n{'picture':<13}not written: {picture} ({error.strerror or error}); name another with --picture"
     return text
 
 

@@ -26,6 +26,7 @@ from data_prep import locate
 from data_prep.plan import Inputs, Options, Plan, make_plan, read_inputs, with_sign
 from data_prep.shards import is_noted, missing_shards, read_attributes, shards_of, write_shard
 from data_prep.writing import finish, planned_tables, write_stacks, write_tables
+from spire_dist.data.store import map_table
 from spire_dist.errors import ConfigError, SourceError, Stopped, StoreError
 from spire_dist.files import remove
 from spire_dist.progress import progress
@@ -33,8 +34,10 @@ from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME, SCHEMA_VERSION, STACKS
 
 Engine = Callable[[Path, list[int]], Iterable[int]]
 """Makes the given shards of a begun store, in any order, and yields each when it is done."""
-WORKER_BYTES = 200 * 2**20
-"""Of a process without its shard: the interpreter and the libraries."""
+WORKER_BYTES = PLAN_BYTES = 200 * 2**20
+"""Of a process without its shard, or without its tables: the interpreter and the libraries."""
+COMPRESSED = 0.8
+"""Size of 8-bit noise after compression, 6.05 bits of entropy per pixel."""
 
 
 def prepare(
@@ -118,38 +121,44 @@ def prepare(
         normalise=normalise,
         allow_missing_poses=allow_missing_poses,
     )
-    store, workers = Path(store), workers or len(os.sched_getaffinity(0))
-    if begin(inputs, options, store, workers, dry_run=dry_run) and not only_begin:
-        try:
-            complete(store, engine or partial(in_processes, workers=workers))
-        except SourceError:
-            if len(missing_shards(store)) == len(shards_of(read_attributes(store))):  # nothing to go on from
-                remove(store)
-            raise
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers: {workers}; expected 1 or more")
+    store, workers = Path(store).resolve(), workers or len(os.sched_getaffinity(0))
+    try:
+        is_new = begin(inputs, options, store, workers, dry_run=dry_run)
+    except KeyboardInterrupt:
+        raise Stopped(f"{store}: stopped before its first image; the same command begins again") from None
+    if dry_run or only_begin:
+        return store
+    try:
+        complete(store, engine or partial(in_processes, workers=workers))
+    except SourceError:
+        if is_new and len(missing_shards(store)) == len(shards_of(read_attributes(store))):  # nothing to go on from
+            remove(store)
+        raise
     return store
 
 
 def begin(inputs: Inputs, options: Options, store: Path, workers: int = 1, *, dry_run: bool = False) -> bool:
-    """Everything but the images, unless it is there; says what the store will take. False for a dry run.
+    """Everything but the images, unless it is there; says what the store will take. True where this call made the store.
 
     Afterwards the store describes itself: `complete`, or `write_shard` anywhere, needs neither inputs nor options.
     """
     begun = begun_attributes(store)
     plan = make_plan(inputs, options)
     if begun is not None:
-        _refuse_difference(store, begun, plan)
-        if not (store / MANIFEST_NAME).exists():
-            write_stacks(store, plan.recipe.stacks)  # which may have moved since
-    else:
-        needs = _what_it_takes(store, plan, workers)
-        plan, sign = with_sign(plan)
-        print(needs, file=sys.stderr)
-        if not dry_run:
-            try:
-                write_tables(store, store_attributes(plan, sign), planned_tables(plan), plan.recipe.stacks)
-            except OSError as error:
-                raise cannot_write(store, error) from error
-    return not dry_run
+        _go_on_with(store, begun, plan)
+        return False
+    needs = _what_it_takes(store, plan, workers)
+    plan, sign = with_sign(plan)
+    print(needs, file=sys.stderr)
+    if dry_run:
+        return False
+    try:
+        write_tables(store, store_attributes(plan, sign), planned_tables(plan), plan.recipe.stacks)
+    except OSError as error:
+        raise cannot_write(store, error) from error
+    return True
 
 
 def complete(store: Path, engine: Engine, what: str = "prep") -> None:
@@ -164,7 +173,7 @@ def complete(store: Path, engine: Engine, what: str = "prep") -> None:
         unmade = [shard for shard in missing if not is_noted(store, shard)]
         if unmade:
             raise StoreError(f"{store}: {len(unmade)} of {total} shards were not made; run the same command again")
-        for leftover in list(store.rglob("*.partial*")):  # of writes that were killed, now or in an earlier call
+        for leftover in list(store.rglob(".*.partial*")):  # of writes that were killed, now or in an earlier call
             remove(leftover)
         finish(store, attributes)
     except OSError as error:
@@ -206,9 +215,11 @@ def _leave_with_parent() -> None:
     threading.Thread(target=leave, daemon=True).start()
 
 
-def check_paths(inputs: Inputs, *, pixel_size: float | None = None, no_ctf: bool = False) -> list[str]:
+def check_paths(inputs: Inputs) -> list[str]:
     """What is wrong with the paths of the stacks that a particle file names, one line each; none where all are there."""
-    names = read_inputs(inputs, pixel_size, no_ctf).image_paths
+    names = read_inputs(
+        inputs, pixel_size=1.0, no_ctf=True
+    ).image_paths  # what has nothing to do with paths may be absent
     return locate.check_paths(names, inputs.particles, inputs.datadir, inputs.strip_prefix)
 
 
@@ -268,6 +279,19 @@ def begun_attributes(store: Path) -> dict[str, Any] | None:
     return None
 
 
+def _go_on_with(store: Path, begun: dict[str, Any], plan: Plan) -> None:
+    """Check that a store was begun with what is asked for now, and is undamaged; its stacks may have moved."""
+    try:
+        _refuse_difference(store, begun, plan)
+        if not (store / MANIFEST_NAME).exists():
+            write_stacks(store, plan.recipe.stacks)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, StoreError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(f"{store}: damaged ({reason}); delete it and run the same command again") from error
+
+
 def _refuse_difference(store: Path, begun: dict[str, Any], plan: Plan) -> None:
     """A store goes on only with the options and inputs it was begun with."""
     if begun.get("schema_version") != SCHEMA_VERSION:
@@ -291,24 +315,28 @@ def _refuse_difference(store: Path, begun: dict[str, Any], plan: Plan) -> None:
         if before["bytes"] != now.bytes:
             what = f"{before['bytes']} bytes, now {now.bytes}"
             raise StoreError(f"{now.path}: not the stack file {store} was begun with ({what}); {advice}")
+    for name, values in planned_tables(plan).items():
+        if not np.array_equal(map_table(store, name), values):
+            raise StoreError(f"{store / name}: damaged since the store was begun; delete the store and begin again")
 
 
 def _what_it_takes(store: Path, plan: Plan, workers: int) -> str:
     """How much will be written, read and held, in one line. Raises ConfigError where the disk has no room for it."""
     count = len(plan.table)
-    needed = count * plan.image_bytes
+    tables = sum(values.nbytes for values in planned_tables(plan).values())
+    needed = int(count * plan.image_bytes * (COMPRESSED if plan.options.dtype == "compact" else 1)) + tables
     free = shutil.disk_usage(existing_parent(store)).free
     shards = -(-count // plan.images_per_shard)
     line = f"{count} images of {plan.recipe.box} px at {plan.pixel_size_a:.4g} Å/px: {readable(needed)}"
-    if plan.options.dtype == "compact":
-        line += " before compression"
     if needed > free:
         raise ConfigError(f"{store}: {line}, but only {readable(free)} are free; use a smaller box or another disk")
     at_once = min(workers, shards)
-    memory = at_once * (WORKER_BYTES + min(plan.images_per_shard, count) * plan.image_bytes)
+    copies = 3 if plan.options.dtype == "compact" else 1  # as made, as zarr holds it, and compressed
+    memory = at_once * (WORKER_BYTES + copies * min(plan.images_per_shard, count) * plan.image_bytes)
     return (
         f"{store}: {line} in {shards} shard(s), {readable(free)} free; {readable(sum(s.bytes for s in plan.recipe.stacks))} "
-        f"in {len(plan.recipe.stacks)} stack(s) to read; about {readable(memory)} of memory for {at_once} process(es)"
+        f"in {len(plan.recipe.stacks)} stack(s) to read; about {readable(memory)} of memory for {at_once} process(es), "
+        f"{readable(PLAN_BYTES + 4 * tables)} for the plan"
     )
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from spire_dist.data.store import ParticleStore
+from spire_dist.files import replacing
 from spire_dist.progress import progress
 
 COLUMNS = 8
@@ -50,8 +51,8 @@ def draw_picture(particles: ParticleStore, path: Path) -> None:
     if particles.has_poses:
         _draw_shifts(plots.add_subplot(places[2]), particles)
         _draw_directions(plots.add_subplot(places[3], projection="mollweide"), particles)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, format="png")
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def viewing_groups(particles: ParticleStore) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:

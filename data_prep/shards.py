@@ -54,10 +54,14 @@ def write_shard(store: Path, shard: int) -> int:
             found = store_images(recipe, batch, images, batch)
             if found is not None:
                 scales[batch] = found
-    note = write_images(store, attributes, shard, images)
-    if attributes["codec"] == "compact":
-        note["scales"] = scales.tolist()
-    write_json(note_path(store, shard), note, shared=True)
+    try:
+        note = write_images(store, attributes, shard, images)
+        if attributes["codec"] == "compact":
+            note["scales"] = scales.tolist()
+        write_json(note_path(store, shard), note, shared=True)
+    except FileNotFoundError:  # cleared away by a process that found every shard made, this one too
+        if not is_noted(store, shard):
+            raise
     return shard
 
 
@@ -155,7 +159,10 @@ def note_path(store: Path, shard: int) -> Path:
 def is_noted(store: Path, shard: int) -> bool:
     """Whether a shard was finished: noted, and still of the noted size."""
     note, path = note_path(store, shard), store / shard_name(shard)
-    return note.exists() and path.exists() and path.stat().st_size == json.loads(note.read_text())["bytes"]
+    try:
+        return path.stat().st_size == json.loads(note.read_text())["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: the shard is made again
+        return False
 
 
 def missing_shards(store: Path) -> list[int]:

@@ -50,9 +50,9 @@ def planned_tables(plan: Plan) -> dict[str, NDArray[Any]]:
 def write_tables(
     store: Path, attributes: dict[str, Any], tables: dict[str, NDArray[Any]], stacks: Iterable[Stack]
 ) -> None:
-    """The store without images, complete or absent."""
+    """The store without images, complete or absent. Raises OSError where something else came to stand there meanwhile."""
     count, box = attributes["count"], attributes["box"]
-    with replacing(store, flushed=True) as new:
+    with replacing(store, flushed=True, over=False) as new:
         group = zarr.create_group(new, attributes=attributes)
         group.create_array(
             "images",

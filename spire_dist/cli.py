@@ -36,7 +36,7 @@ Poses = Annotated[
     typer.Option(help="cryoDRGN pose pickle instead of the file's poses; twice: rotations, then shifts."),
 ]
 Ctf = Annotated[Path | None, typer.Option(help="cryoDRGN CTF pickle to use instead of the file's CTFs.")]
-Workers = Annotated[int | None, typer.Option(help="Processes [one per core].")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes [one per core].")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -155,9 +155,13 @@ def prep(
 
     if only_check_paths:
         files = Inputs(
-            particles=source, datadir=datadir, strip_prefix=strip_prefix, passthrough=tuple(passthrough or ())
+            particles=source,
+            datadir=datadir,
+            strip_prefix=strip_prefix,
+            passthrough=tuple(passthrough or ()),
+            tomograms=tomograms,
         )
-        _end_with(check_paths(files, pixel_size=pixel_size, no_ctf=True), f"{source}: every stack is there")
+        _end_with(check_paths(files), f"{source}: every stack is there")
         return
     made_by = None
     if engine != "local":
@@ -191,6 +195,7 @@ def inspect(
     """Show what a store holds: units, optics groups, poses, sample images."""
     from data_prep.checks import inspect_store
 
+    store = store.resolve()
     print(inspect_store(store, picture or store.with_name(store.name + ".png")))
 
 

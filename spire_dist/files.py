@@ -11,8 +11,10 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path, *, flushed: bool = False, shared: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, flushed: bool = False, shared: bool = False, over: bool = True) -> Iterator[Path]:
     """A temporary name beside `path` for a file or folder: takes its place if the block ends well, else disappears.
+
+    Without `over` a folder that is there already must be empty, else OSError is raised and it stays as it is.
 
     With `flushed` the content and the name outlive a power cut as well. With `shared` other processes, on any machine, may
     be making the same file: each has a temporary name of its own, and the last to end wins. What a killed process leaves,
@@ -25,9 +27,9 @@ def replacing(path: Path, *, flushed: bool = False, shared: bool = False) -> Ite
     try:
         yield partial
         if flushed:
-            for part in [p for p in partial.rglob("*") if p.is_file()] if partial.is_dir() else [partial]:
+            for part in (*partial.rglob("*"), partial):
                 flush(part)
-        if path.is_dir():
+        if over and path.is_dir():
             remove(path)
         os.replace(partial, path)
         if flushed:

@@ -168,10 +168,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise StoreError(
             f"{path}: unfinished store; run the same `spire-dist prep` (or filter, merge, add) again to finish it"
         ) from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
         raise StoreError(f"{path / MANIFEST_NAME}: damaged ({error}); delete it and run prep again") from error
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        found = manifest.get("schema_version")
+    if not (isinstance(manifest, dict) and {"schema_version", "fingerprint", "files"} <= set(manifest)):
+        raise StoreError(f"{path / MANIFEST_NAME}: damaged (no manifest of a store); delete it and run prep again")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        found = manifest["schema_version"]
         raise StoreError(f"{path}: store version {found}, this program reads {SCHEMA_VERSION}; make the store again")
     return manifest
 

@@ -87,6 +87,13 @@ def test_a_store_of_another_version_is_refused(tmp_path, write_particles, refusa
     refusal(StoreError, ["manifest.json", "damaged"], lambda: ParticleStore.open(store))
 
 
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"\xff\xfe", b"1"])
+def test_a_manifest_that_is_none_is_refused(tmp_path, write_particles, refusal, content):
+    store = prepare(write_particles(tmp_path / "in"), tmp_path / "store")
+    (store / "manifest.json").write_bytes(content)
+    refusal(StoreError, ["manifest.json", "damaged"], lambda: ParticleStore.open(store))
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_shard_is_named_when_it_is_read(tmp_path, write_particles, refusal, damage):
     store = prepare(write_particles(tmp_path / "in"), tmp_path / "store", images_per_shard=64)

@@ -20,8 +20,9 @@ import pytest
 import starfile
 from scipy import ndimage
 
-from data_prep import plan
+from data_prep import convert, plan
 from data_prep.convert import prepare
+from data_prep.plan import with_sign
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError, StoreError
 
@@ -222,7 +223,7 @@ def test_a_killed_prep_goes_on_and_ends_in_the_same_bytes(tmp_path, write_partic
     assert not (store / "manifest.json").exists()
     noted = {path: path.stat().st_mtime_ns for path in (store / ".prep").glob("shard-*.json")}
     (store / "images/c/20/0").mkdir(parents=True, exist_ok=True)
-    (store / "images/c/20/0/0.partial").write_bytes(b"what a killed write leaves")
+    (store / "images/c/20/0/.0.elsewhere-17.partial").write_bytes(b"what a killed write leaves")
     prepare(source, store, images_per_shard=64)
     assert all(path.stat().st_mtime_ns == written for path, written in noted.items())  # not made again
     assert _contents(store) == _contents(expected)
@@ -247,6 +248,83 @@ def test_an_interrupted_prep_says_how_far_it_came_and_goes_on(tmp_path, write_pa
     assert not any("Traceback" in line for line in errors)
     subprocess.run(command, check=True, capture_output=True)
     assert _contents(store) == _contents(prepare(source, tmp_path / "whole", images_per_shard=64))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff"])
+def test_a_shard_whose_note_is_damaged_is_made_again(tmp_path, write_particles, damage):
+    source = write_particles(tmp_path / "in")
+    store = prepare(source, tmp_path / "store", images_per_shard=64)
+    before = _contents(store)
+    (store / ".prep/shard-000001.json").write_bytes(damage)
+    (store / "manifest.json").unlink()
+    prepare(source, store, images_per_shard=64)
+    assert _contents(store) == before
+
+
+@pytest.mark.parametrize("name", ["ctf/c/0/0", "rotations/zarr.json", "stacks.json"])
+@pytest.mark.parametrize("damage", ["zeros", "gone"])
+def test_a_store_whose_tables_were_damaged_does_not_go_on(tmp_path, write_particles, refusal, name, damage):
+    source = write_particles(tmp_path / "in")
+    store = prepare(source, tmp_path / "store", images_per_shard=64)
+    (store / "manifest.json").unlink()
+    (store / name).unlink() if damage == "gone" else (store / name).write_bytes(bytes((store / name).stat().st_size))
+    refusal(StoreError, [str(store), "damaged", "delete"], lambda: prepare(source, store, images_per_shard=64))
+    assert not (store / "manifest.json").exists()
+
+
+def test_what_came_to_stand_at_the_place_of_a_store_meanwhile_stays(tmp_path, write_particles, refusal, monkeypatch):
+    source, store = write_particles(tmp_path / "in"), tmp_path / "store"
+
+    def while_planning(plan):
+        (store / "somebody").mkdir(parents=True)
+        (store / "somebody/notes.txt").write_text("precious")
+        return with_sign(plan)
+
+    monkeypatch.setattr(convert, "with_sign", while_planning)
+    refusal(StoreError, [str(store), "cannot be written"], lambda: prepare(source, store))
+    assert (store / "somebody/notes.txt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "store"]
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path, write_particles):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    prepare(write_particles(tmp_path / "in"), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "large/manifest.json").is_file()
+
+
+def test_the_working_folder_can_become_a_store(tmp_path, write_particles, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    prepare(write_particles(tmp_path / "in"), Path("."))
+    assert ParticleStore.open(tmp_path / "here").count == 150
+
+
+def test_a_store_that_another_call_began_stays_when_an_image_is_refused(tmp_path, write_particles, refusal):
+    source, store = write_particles(tmp_path / "in"), tmp_path / "store"
+    prepare(source, store, only_begin=True)
+    stack = source.parent / "stacks/part00.mrcs"
+    stack.write_bytes(stack.read_bytes()[:1024] + bytes(stack.stat().st_size - 1024))
+    refusal(SourceError, ["flat background"], lambda: prepare(source, store))
+    assert (store / "zarr.json").is_file()
+
+
+def test_two_preps_of_one_store_at_once_end_in_the_same_bytes(tmp_path, write_particles):
+    source = write_particles(tmp_path / "in", count=1000, box=64, per_stack=500)
+    expected = _contents(prepare(source, tmp_path / "whole", images_per_shard=64))
+    prepare(source, tmp_path / "store", images_per_shard=64, only_begin=True)
+    both = [
+        subprocess.Popen([sys.executable, "-c", PREP, source, tmp_path / "store"], stderr=subprocess.PIPE) for _ in "ab"
+    ]
+    for process in both:
+        assert process.wait(120) == 0, process.stderr.read().decode()
+    assert _contents(tmp_path / "store") == expected
+
+
+def test_workers_must_be_some(tmp_path, write_particles, refusal):
+    source = write_particles(tmp_path / "in")
+    refusal(ConfigError, ["workers", "-3"], lambda: prepare(source, tmp_path / "store", workers=-3))
 
 
 def test_a_half_written_shard_is_made_again(tmp_path, write_particles):
