@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from data_prep.cs_files import read_columns
 from data_prep.locate import PARENTS_SEARCHED
-from spire_dist import numpy_pickle
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
+from spire_dist.numpy_pickle import load_numbers
 from spire_dist.star import read_blocks
 
 Kept = NDArray[np.bool_]
@@ -79,19 +79,8 @@ def in_rows(store: ParticleStore, path: Path) -> tuple[Kept, str]:
         raise ConfigError(
             f"{path}: rows of which file? {store.path} holds particles of {len(store.sources)}; filter before merging"
         )
-    if not path.is_file():
-        raise SourceError(f"{path}: no such file; give rows of the input as .npy, .pkl or text")
-    try:
-        if path.suffix == ".npy":
-            rows = np.load(path, allow_pickle=False)
-        else:
-            rows = numpy_pickle.load(path) if path.suffix == ".pkl" else np.loadtxt(path, dtype=np.int64, ndmin=1)
-    except (OSError, ValueError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"{path}: not rows of the input ({' '.join(str(error).split())})") from error
-    rows = np.asarray(rows)
-    if rows.ndim != 1 or rows.dtype.kind not in "iu" or rows.size == 0:
+    rows = load_numbers(path, np.int64)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise SourceError(f"{path}: {rows.dtype} of shape {rows.shape}; expected a list of rows of the input, from 0")
     lacking = np.flatnonzero(~np.isin(rows, store.source_index))
     names = [f"row {rows[i]} (from 0) of {store.sources[0].name}" for i in lacking[:1]]

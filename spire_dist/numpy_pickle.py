@@ -1,4 +1,5 @@
-"""Reads pickles that hold nothing but numpy arrays in tuples, lists and dictionaries, and never runs code from them.
+"""Reads pickles that hold nothing but numpy arrays in tuples, lists and dictionaries, and never runs code from them;
+and one array from a pickle, a .npy file or text.
 
 cryoDRGN writes poses, CTF tables and true latents so. A pickle names the functions it wants called; only the few that
 numpy itself needs to rebuild an array are allowed here, anything else is refused, and so is a file that would have more
@@ -8,10 +9,12 @@ memory reserved than it has bytes.
 import io
 import pickle
 import pickletools
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spire_dist.errors import SourceError
 
@@ -31,6 +34,32 @@ def load(path: str | Path) -> Any:
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise SourceError(f"{path}: not a pickle of numpy arrays: {reason}") from error
+
+
+def load_numbers(path: Path, dtype: type = float, *, axes: Literal[1, 2] = 1) -> NDArray[Any]:
+    """The one array of a .npy file, a pickle (.pkl, .pickle), or else a text table of `dtype` with at least `axes` axes.
+
+    Raises `SourceError` in one line where it cannot be read or holds none.
+    """
+    kind = path.suffix.lower()
+    try:
+        if kind in (".pkl", ".pickle"):
+            numbers = np.asarray(load(path))
+        elif kind == ".npy":  # mapped first: a header that promises more than the file holds reserves nothing
+            numbers = np.array(np.lib.format.open_memmap(path, mode="r"))
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # numpy's word on an empty file
+                numbers = np.loadtxt(path, dtype=dtype, ndmin=axes)
+    except SourceError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # a damaged header can raise nearly anything
+        raise SourceError(f"{path}: no array of numbers ({' '.join(str(error).split())[:200]})") from error
+    if numbers.size == 0:
+        raise SourceError(f"{path}: holds no numbers")
+    return numbers
 
 
 class _ArrayUnpickler(pickle.Unpickler):

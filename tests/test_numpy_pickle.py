@@ -98,3 +98,49 @@ def test_cryodrgns_own_pickles_load_as_pickle_loads_them(shared_data: Path, name
     pairs = zip(expected, loaded, strict=True) if isinstance(expected, tuple) else [(expected, loaded)]
     for one, other in pairs:
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.npy", b""),
+        ("zip.npy", b"PK\x03\x04junk"),
+        ("header.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<i8', "),
+        ("empty.txt", b""),
+        ("comment.txt", b"# no rows\n"),
+        ("prose.txt", b"a b\n"),
+        ("binary.txt", b"\xff\xfe\x00"),
+        ("empty.pkl", b""),
+        ("none.npy", None),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_file_without_numbers_is_refused_in_one_line(tmp_path, refusal, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    refusal(SourceError, [str(tmp_path / name)], lambda: numpy_pickle.load_numbers(tmp_path / name, int))
+
+
+def test_an_array_file_that_promises_more_than_it_holds_reserves_nothing(tmp_path, refusal):
+    path = tmp_path / "huge.npy"
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**10,)})
+        file.write(bytes(32))
+    tracemalloc.start()
+    try:
+        refusal(SourceError, [str(path)], lambda: numpy_pickle.load_numbers(path))
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["npy", "pkl", "pickle", "txt"])
+def test_an_array_is_the_same_from_every_kind_of_file(tmp_path, kind):
+    numbers, path = np.array([3, -1, 2**40]), tmp_path / f"numbers.{kind}"
+    if kind == "npy":
+        np.save(path, numbers)
+    else:
+        path.write_text("3\n-1\n1099511627776\n") if kind == "txt" else path.write_bytes(pickle.dumps(numbers))
+    found = numpy_pickle.load_numbers(path, int)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, numbers)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
 from spire_dist.errors import ConfigError, SourceError
+from spire_dist.numpy_pickle import load_numbers
 
 Floats = NDArray[np.float32]
 LOOP_SAMPLE = 20_000
@@ -122,12 +123,7 @@ def short_tour(points: NDArray) -> NDArray[np.int64]:
 
 def read_points(path: Path, dimension: int) -> Floats:
     """Latents [K, dimension] from a .npy file or a text table."""
-    try:
-        points = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{path}: cannot be read as latents ({str(error).splitlines()[0]}); give a .npy or a text table"
-        ) from error
+    points = load_numbers(path, axes=2)
     if points.ndim != 2 or points.shape[1] != dimension or not np.isfinite(points).all():
         raise SourceError(f"{path}: shape {points.shape}; latents of this run are finite rows of {dimension} numbers")
     return points.astype(np.float32)
