@@ -1,11 +1,12 @@
 """The order in which particles are seen: a pure function of (count, chunk, batch, seed) and the step, the same for any
 number of ranks and reading processes. Called by the loader, by readers of blocks and by the trainer.
 
-The store's chunks are dealt anew in every epoch to V virtual readers, in blocks of one chunk per reader; every reader
-shuffles its images of the block, and each step takes as many images from each of them. So a batch is drawn from V chunks,
-a chunk is read once, and a rank serves the readers r V / W and on, without knowing of the others. The last block of an epoch
-is what remains, cut into V equal runs; the step that is short is the epoch's last. (Virtual readers are what MosaicML's
-streaming calls canonical nodes.)
+The store's chunks are shuffled anew in every epoch, and their sequence is cut into blocks of 64 chunks (less where that is
+not whole steps, one step where that is more). V virtual readers have equal runs of a block; each shuffles its images, and
+each step takes as many from every one of them. So a batch is drawn from V places, what is read is read once, and a rank
+serves the readers r V / W and on, without knowing of the others. The last block of an epoch is what remains, in V runs of
+equal length (±1); the step that is short is the epoch's last. (Virtual readers are what MosaicML's streaming calls canonical
+nodes.)
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from spire_dist.errors import ConfigError
 
 MOST_READERS = 64
+BLOCK_CHUNKS = 64
 NOTHING = -1
 """Stands in the place of an image that a short step lacks."""
 
@@ -63,8 +65,8 @@ class Order:
 
     @cached_property
     def block_images(self) -> int:
-        """Images of a whole block: the fewest chunks per reader (one for common batches) that make whole steps."""
-        return self.readers * int(np.lcm(self.images_per_chunk, self.batch // self.readers))
+        """Images of a whole block: the most whole steps that 64 chunks hold, at least one; for common batches all of them."""
+        return self.batch * max(1, BLOCK_CHUNKS * self.images_per_chunk // self.batch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -88,7 +90,7 @@ class Order:
         first = number * self.block_images
         size = min(self.block_images, self.count - first)
         steps, taken = -(-size // self.batch), self.batch // self.readers
-        # Reader v has the block's images cuts[v] to cuts[v + 1]: whole chunks, or equal runs (±1) of what remains.
+        # Reader v has the block's images cuts[v] to cuts[v + 1]: equal runs, or (±1) of what remains.
         cuts = np.arange(self.readers + 1) * size // self.readers
         mine = slice(rank * self.readers // world, (rank + 1) * self.readers // world)
         starts, lengths = cuts[:-1], np.diff(cuts)
