@@ -8,12 +8,14 @@ from pathlib import Path
 import numba
 import torch
 
+from spire_dist.machine import cores
+
 PACKAGES = ("torch", "numba", "numpy", "spire-dist")
 
 
 def use_threads(threads: int) -> int:
     """The same number for torch and for the CPU projector; 0 takes all cores. Returns the number."""
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
     return threads
@@ -21,11 +23,10 @@ def use_threads(threads: int) -> int:
 
 def describe_machine(threads: int = 0) -> dict:
     """Processor, cores this process may use, threads used (0: all cores), load, and versions; ready for JSON."""
-    cores = len(os.sched_getaffinity(0))
     return {
         "processor": _processor(),
-        "cores": cores,
-        "threads": threads or cores,
+        "cores": cores(),
+        "threads": threads or cores(),
         "load_average": round(os.getloadavg()[0], 2),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -29,6 +29,7 @@ from data_prep.writing import finish, planned_tables, write_stacks, write_tables
 from spire_dist.data.store import map_table
 from spire_dist.errors import ConfigError, SourceError, Stopped, StoreError
 from spire_dist.files import remove
+from spire_dist.machine import cores
 from spire_dist.progress import progress
 from spire_dist.schema import CTF_COLUMNS, MANIFEST_NAME, SCHEMA_VERSION, STACKS_NAME
 
@@ -123,7 +124,7 @@ def prepare(
     )
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: {workers}; expected 1 or more")
-    store, workers = Path(store).resolve(), workers or len(os.sched_getaffinity(0))
+    store, workers = Path(store).resolve(), workers or cores()
     try:
         is_new = begin(inputs, options, store, workers, dry_run=dry_run)
     except KeyboardInterrupt:

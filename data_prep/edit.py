@@ -4,7 +4,6 @@ Stores never change: each function here writes another one (`copying.py`), compl
 `spire-dist merge`, `filter` and `add`.
 """
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from data_prep.subset import in_file, in_rows, stack_paths, with_labels
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, StoreError
 from spire_dist.files import remove
+from spire_dist.machine import cores
 from spire_dist.schema import MANIFEST_NAME
 
 ALIKE = {
@@ -143,7 +143,7 @@ def add(
             _refuse_changed(source, begun, out)
             remove(new)
             return last["did"]
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cores()
     begin(inputs, options, new, workers)
     try:
         _refuse_unlike([(old.path, old.attributes), (source, read_attributes(new))])

@@ -16,7 +16,7 @@ PACKAGES = ("spire_dist", "data_prep", "cluster")
 FLOORS: tuple[tuple[str, ...], ...] = (
     tuple(
         f"spire_dist.{name}"
-        for name in ("schema", "errors", "files", "progress", "config", "numpy_pickle", "maps", "star")
+        for name in ("schema", "errors", "files", "machine", "progress", "config", "numpy_pickle", "maps", "star")
     ),
     ("spire_dist.physics",),
     ("spire_dist.data", "spire_dist.distributed", "data_prep"),

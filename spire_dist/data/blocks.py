@@ -6,7 +6,6 @@ how many this is, and the first block, and yields, without end, the images of th
 business of `spire_dist.data.loader`, which calls it, uses each block until it asks for the next one, and closes it at the end.
 """
 
-import os
 import signal
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,12 +25,13 @@ from spire_dist.data.order import Order
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.stopping import STOP_SIGNALS
 from spire_dist.errors import StoreError
+from spire_dist.machine import cores, local_ranks
 
 Blocks = Callable[[Order, int, int, int], Generator[NDArray[Any]]]
 """(order, rank, world, first block) -> images of that block, of the next one, ..."""
 
 AHEAD_BYTES = 2**30
-"""Of blocks read before they are needed; at least one block is."""
+"""Of blocks read before they are needed; at least one block is, which is 64 chunks or one batch."""
 GPU_WORKERS = 2
 RESTARTS = 3
 """So often in a row a reading process may die before its first block."""
@@ -62,17 +62,7 @@ def choose_workers(wanted: int | None, device: torch.device) -> int:
     """
     if wanted is not None:
         return wanted
-    return min(GPU_WORKERS, cores() - 1) if device.type == "cuda" else 0
-
-
-def cores() -> int:
-    """Cores of this process and of its share of the node's ranks."""
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks())
-
-
-def local_ranks() -> int:
-    """Ranks on this node, as torchrun and our own launcher tell."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(GPU_WORKERS, cores() // local_ranks() - 1)) if device.type == "cuda" else 0
 
 
 @dataclass(eq=False)

@@ -27,6 +27,7 @@ from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.checkpoint import load_checkpoint
 from spire_dist.errors import ConfigError, RunError
 from spire_dist.files import write_durably
+from spire_dist.machine import cores
 from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
 from spire_dist.physics.projector import render_volume
@@ -66,7 +67,7 @@ def _write_origin(run: Path, store: ParticleStore) -> None:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {"spire_dist": __version__} | {name: version(name) for name in packages},
     }

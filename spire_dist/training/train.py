@@ -1,7 +1,6 @@
 """`train`: a whole run, from particles to parts, latents and a trained hierarchy; going on where it stopped."""
 
 import json
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from spire_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.errors import ConfigError, SourceError, Stopped
 from spire_dist.files import replacing
+from spire_dist.machine import cores
 from spire_dist.maps import read_map, write_map
 from spire_dist.model.latents import Latents, LatentTable, build_latents
 from spire_dist.model.mixtures import Mixture
@@ -258,7 +258,7 @@ def use_threads(config: RunConfig, box: int, device: torch.device) -> int:
     Beside the kernels of a CPU torch gets a thread per `PIXELS_PER_THREAD` of a batch. What is left to it are transforms,
     sums and small products: below that size waking a thread takes longer than its share of the work.
     """
-    wanted = config.threads or len(os.sched_getaffinity(0))
+    wanted = config.threads or cores()
     count = min(wanted, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     pixels = max(config.stage1.batch, config.stage2.batch) * box**2
     torch.set_num_threads(max(1, min(count, pixels // PIXELS_PER_THREAD)) if device.type == "cpu" else wanted)

@@ -27,10 +27,12 @@ WORLD, FIRST = 2, 3
 
 @pytest.fixture(scope="module", params=["float16", "compact"])
 def store(request, tmp_path_factory, write_particles):
-    """500 particles; a block of a batch of 4 is 256 of them, so an epoch has two blocks."""
+    """500 particles in chunks of 4; a block is 256 of them, so an epoch has two."""
     folder = tmp_path_factory.mktemp("blocks")
     source = write_particles(folder / "in", count=500)
-    return ParticleStore.open(prepare(source, folder / "store", images_per_shard=128, dtype=request.param))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.plan.images_per_chunk", lambda box, itemsize: 4)
+        return ParticleStore.open(prepare(source, folder / "store", images_per_shard=128, dtype=request.param))
 
 
 def order_of(store: ParticleStore) -> Order:
@@ -151,7 +153,7 @@ def test_a_block_stays_as_it_is_until_the_next_one_is_asked_for(store, workers):
 
 
 def test_a_gpu_gets_processes_and_a_cpu_the_thread_unless_told(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(blocks, "cores", lambda: 8)
     assert [choose_workers(None, torch.device(kind)) for kind in ("cpu", "cuda")] == [0, 2]
     assert [choose_workers(wanted, torch.device("cpu")) for wanted in (0, 5)] == [0, 5]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

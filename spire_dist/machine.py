@@ -1,0 +1,19 @@
+"""What this process has of its machine: called wherever work is split among cores or between ranks."""
+
+import os
+
+
+def cores() -> int:
+    """Cores this process may use, which a batch system or a container may have limited where the system lets them."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        count = os.process_cpu_count()  # type: ignore[attr-defined]
+    elif hasattr(os, "sched_getaffinity"):  # Linux
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count()
+    return count or 1
+
+
+def local_ranks() -> int:
+    """Ranks on this node, this one among them, as torchrun and our own launcher tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

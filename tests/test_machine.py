@@ -1,0 +1,33 @@
+"""Cores and ranks, on systems that tell them in different ways."""
+
+import os
+
+import psutil
+import pytest
+
+from spire_dist.machine import cores, local_ranks
+
+
+def test_only_the_cores_this_process_may_use_are_counted():
+    own = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else range(psutil.cpu_count() or 1)
+    assert cores() == len(own)
+
+
+@pytest.mark.parametrize("count", [None, 6])
+def test_a_system_that_limits_no_process_has_all_its_cores(monkeypatch, count):
+    for name in ("process_cpu_count", "sched_getaffinity"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    assert cores() == (count or 1)
+
+
+def test_a_newer_python_is_asked_first(monkeypatch):
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 3, raising=False)
+    assert cores() == 3
+
+
+def test_a_process_that_no_launcher_started_is_alone_on_its_node(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert local_ranks() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert local_ranks() == 4
