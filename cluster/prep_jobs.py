@@ -16,7 +16,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from cluster.ray_cluster import ray_cluster, told_by_a_worker
+from cluster.ray_cluster import ray_cluster, require_ray, told_by_a_worker
 from cluster.submit import Task, job_parameters, queue, require
 from data_prep.convert import Engine, complete, in_processes
 from data_prep.shards import missing_shards, write_shard
@@ -37,6 +37,7 @@ def choose_engine(name: str, ray_address: str | None = None, cpus: int | None = 
         require("slurm", "--engine")
         return None
     if name == "ray":
+        require_ray(ray_address)
         return partial(ray_engine, address=ray_address, cpus=cpus)
     raise ConfigError(f"--engine {name}: not known; choose local, ray or slurm")
 

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,15 +38,13 @@ def ray_cluster(
     `object_store_bytes` of shared objects, and stopped at the end. A connection that is there already is used and kept.
     Raises ConfigError where Ray is not installed or nothing answers.
     """
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise ConfigError("ray is not installed; pip install 'spire-dist[ray]'") from error
+    address = require_ray(address)
+    import ray
+
     if ray.is_initialized():
         yield
         return
     root = Path(__file__).parents[1]
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     options = {"runtime_env": {"py_modules": [str(root / name) for name in PACKAGES]}, "log_to_driver": False}
     if address == "local":
         options |= {
@@ -58,11 +57,9 @@ def ray_cluster(
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with _untouched_by_stop_signals():
         try:
-            _answer(address)
             ray.init(address, logging_level=logging.ERROR, **options)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"Ray at {address}: cannot connect ({reason}); is the cluster running?") from error
+            raise _not_there(address, error) from error
     try:
         yield
     finally:
@@ -74,11 +71,23 @@ def told_by_a_worker(error: "RayTaskError") -> Exception:
     return error.cause if isinstance(error.cause, SpireError | OSError) else error
 
 
-def _answer(address: str) -> None:
-    """Raise OSError where nobody listens at "host:port" or "ray://host:port": Ray itself would try for minutes."""
+def require_ray(address: str | None) -> str:
+    """The address that `ray_cluster` will use. Raises ConfigError where Ray is not installed or nobody listens there."""
+    if find_spec("ray") is None:
+        raise ConfigError("ray is not installed; pip install 'spire-dist[ray]'")
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon:
-        socket.create_connection((host, int(port)), timeout=10).close()
+        try:  # Ray itself would go on trying for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise _not_there(address, error) from error
+    return address
+
+
+def _not_there(address: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(f"Ray at {address}: cannot connect ({reason}); is the cluster running?")
 
 
 @contextmanager

@@ -111,6 +111,11 @@ def test_an_engine_that_is_not_known_is_refused_with_those_that_are(refusal):
     refusal(ConfigError, ["--engine dask", "local, ray or slurm"], lambda: choose_engine("dask"))
 
 
+def test_a_ray_cluster_that_is_not_there_is_told_before_anything_is_written(refusal):
+    pytest.importorskip("ray", reason="needs the extra [ray]")
+    refusal(ConfigError, ["Ray at 127.0.0.1:1"], lambda: choose_engine("ray", "127.0.0.1:1"))
+
+
 # --- Slurm -----------------------------------------------------------------------------------------------------------
 
 
