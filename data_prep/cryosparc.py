@@ -50,18 +50,12 @@ OLDER_POSE = r"alignments_class_\d+/pose"
 def read_cs(source: Path, pixel_size: float | None, no_ctf: bool, passthrough: Sequence[Path] = ()) -> ParticleTable:
     """The particles of a .cs or .csg file and its passthrough files; see `sources.read_particles`."""
     columns, also_read = read_columns(source, passthrough)
-    for name in ("blob/path", "blob/idx"):
-        _require(source, columns, name, "give the file of the same job that lists the images as passthrough")
-    count = len(columns["blob/path"])
+    image_file, image_paths, slices = images_of(source, columns)
+    count = len(slices)
     pixel_sizes = np.full(count, pixel_size, dtype=np.float64)
     if pixel_size is None:
         _require(source, columns, "blob/psize_A", "give pixel_size in Å")
         pixel_sizes = _numbers(source, columns, "blob/psize_A")
-    image_file, image_paths = _image_files(source, columns["blob/path"])
-    slices = _integers(source, columns, "blob/idx").astype(np.int64)
-    if slices.min() < 0:
-        row = int(np.argmin(slices))
-        raise SourceError(f"{source}: blob/idx is {slices[row]} in row {row + 1}; expected 0 or more")
     rotations, shifts_a, missing_poses = _poses(source, columns)
     ids = _integers(source, columns, "ctf/exp_group_id") if "ctf/exp_group_id" in columns else np.zeros(count, np.int64)
     group_ids, groups = np.unique(ids, return_inverse=True)
@@ -80,10 +74,27 @@ def read_cs(source: Path, pixel_size: float | None, no_ctf: bool, passthrough: S
         stated_box=_boxes(source, columns) if "blob/shape" in columns else None,
         sign_hint=float(signs[0]) if signs.size == 1 else None,
         ignored=sorted({effect for name, effect in IGNORED.items() if name in columns and np.any(columns[name])}),
-        uid=_integers(source, columns, "uid").astype(np.uint64) if "uid" in columns else None,
+        uid=uids_of(source, columns),
         also_read=also_read,
         missing_poses=missing_poses,
     )
+
+
+def images_of(source: Path, columns: Columns) -> tuple[NDArray[np.int32], list[str], NDArray[np.int64]]:
+    """(stack [N] of each particle in the list of names, the names without cryoSPARC's ">", slice [N] from 0)."""
+    for name in ("blob/path", "blob/idx"):
+        _require(source, columns, name, "give the file of the same job that lists the images as passthrough")
+    image_file, names = _stacks(source, columns["blob/path"])
+    slices = _integers(source, columns, "blob/idx").astype(np.int64)
+    if slices.min() < 0:
+        row = int(np.argmin(slices))
+        raise SourceError(f"{source}: blob/idx is {slices[row]} in row {row + 1}; expected 0 or more")
+    return image_file, names, slices
+
+
+def uids_of(source: Path, columns: Columns) -> NDArray[np.uint64] | None:
+    """[N], cryoSPARC's number of each particle; None where the file has none."""
+    return _integers(source, columns, "uid").astype(np.uint64) if "uid" in columns else None
 
 
 # --- columns, checked ------------------------------------------------------------------------------------------------
@@ -110,7 +121,7 @@ def _of_shape(source: Path, name: str, column: NDArray, kinds: str, shape: tuple
     return column
 
 
-def _image_files(source: Path, paths: NDArray) -> tuple[NDArray[np.int32], list[str]]:
+def _stacks(source: Path, paths: NDArray) -> tuple[NDArray[np.int32], list[str]]:
     """Index [N] of each particle's stack in the list of distinct stacks, the leading ">" of exported files removed."""
     if paths.dtype.kind not in "SU" or paths.ndim != 1:
         raise SourceError(f"{source}: column blob/path holds {paths.dtype}; expected the names of stacks")

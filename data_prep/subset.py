@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from data_prep.cryosparc import images_of, uids_of
 from data_prep.cs_files import read_columns
 from data_prep.locate import PARENTS_SEARCHED
 from spire_dist.data.store import ParticleStore
@@ -36,25 +37,23 @@ def in_file(store: ParticleStore, path: Path) -> tuple[Kept, str]:
     """
     kind = path.suffix.lower()
     if kind == ".star":
-        stacks, slices = _star_images(path)
+        files, names, slices = _star_images(path)
     elif kind in (".cs", ".csg"):
         columns, _ = read_columns(path, ())
-        if store.uid is not None and "uid" in columns:
-            uids = columns["uid"].astype(np.uint64)
+        uids = uids_of(path, columns)
+        if store.uid is not None and uids is not None:
             lacking = np.flatnonzero(~np.isin(uids, store.uid))
-            names = [f"uid {uids[row]}" for row in lacking[:1]]
-            return np.isin(store.uid, uids), _of_file(path, len(uids), lacking, names)
+            first = [f"uid {uids[row]}" for row in lacking[:1]]
+            return np.isin(store.uid, uids), _of_file(path, len(uids), lacking, first)
         if not {"blob/path", "blob/idx"} <= set(columns):
             raise SourceError(f"{path}: no columns blob/path and blob/idx, and no uid that the store has too")
-        stacks = [name.decode(errors="replace").removeprefix(">") for name in columns["blob/path"].tolist()]
-        slices = columns["blob/idx"].astype(np.int64)
+        files, names, slices = images_of(path, columns)
     else:
         raise SourceError(
             f"{path}: unknown kind {path.suffix!r}; a subset is a RELION .star or a cryoSPARC .cs or .csg"
         )
-    files, names = pd.factorize(np.array(stacks, dtype=object))
     own = stack_paths(store)
-    found, guessed = match_stacks(path, [str(name) for name in names], own)
+    found, guessed = match_stacks(path, names, own)
     places = found[files]
     known, whole = places >= 0, slices == WHOLE_STACK
     wanted, held = _image(places[known & ~whole], slices[known & ~whole]), _image(store.stack, store.slice)
@@ -62,7 +61,7 @@ def in_file(store: ParticleStore, path: Path) -> tuple[Kept, str]:
     lacking = np.flatnonzero(
         ~np.where(whole, np.isin(places, store.stack), known & np.isin(_image(places, slices), held))
     )
-    first = [stacks[row] if whole[row] else f"{slices[row] + 1:06d}@{stacks[row]}" for row in lacking[:1]]
+    first = [("" if whole[row] else f"{slices[row] + 1:06d}@") + names[files[row]] for row in lacking[:1]]
     said = _of_file(path, len(slices), lacking, first)
     if guessed.size:
         name, stack = names[guessed[0]], own[found[guessed[0]]]
@@ -137,8 +136,8 @@ def match_stacks(
     return found, np.array([i for _, i in best.values()], dtype=np.int64)
 
 
-def _star_images(path: Path) -> tuple[list[str], NDArray[np.int64]]:
-    """(stack, slice from 0 or `WHOLE_STACK`) of each row of a STAR file's particles."""
+def _star_images(path: Path) -> tuple[NDArray[np.int64], list[str], NDArray[np.int64]]:
+    """As `cryosparc.images_of`, of a STAR file's particles; the slice of a name without "@" is `WHOLE_STACK`."""
     blocks = {
         name: block for name, block in read_blocks(path, {"rlnImageName": str}).items() if "rlnImageName" in block
     }
@@ -150,7 +149,8 @@ def _star_images(path: Path) -> tuple[list[str], NDArray[np.int64]]:
         if not stack or (at and not (number.isdecimal() and 0 < int(number) < 2**31)):
             raise SourceError(f"{path}: row {row + 1} has rlnImageName {names[row]!r}; expected like 000001@stack.mrcs")
     slices = [int(number) - 1 if at else WHOLE_STACK for number, at, _ in parts]
-    return [stack for _, _, stack in parts], np.array(slices, dtype=np.int64)
+    files, stacks = pd.factorize(np.array([stack for _, _, stack in parts], dtype=object))
+    return files, [str(stack) for stack in stacks], np.array(slices, dtype=np.int64)
 
 
 def _image(stack: NDArray, slices: NDArray) -> NDArray[np.int64]:

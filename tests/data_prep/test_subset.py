@@ -127,6 +127,40 @@ def test_cryosparcs_particles_are_found_by_uid_and_by_image(shared_data, tmp_pat
         filter_store(stores[1], tmp_path / "none", star=tmp_path / "uid.cs")
 
 
+def write_cs(path: Path, **columns) -> Path:
+    """A .cs file of equally long columns; "__" in their names stands for "/"."""
+    arrays = {name.replace("__", "/"): np.asarray(values) for name, values in columns.items()}
+    rows = np.zeros(len(next(iter(arrays.values()))), dtype=[(name, array.dtype) for name, array in arrays.items()])
+    for name, array in arrays.items():
+        rows[name] = array
+    with open(path, "wb") as file:
+        np.save(file, rows)
+    return path
+
+
+def test_a_cs_file_may_name_its_stacks_in_either_kind_of_text(store, tmp_path):
+    names = np.array([">stacks/part00.mrcs", "stacks/part01.mrcs"])
+    for kind in ("U", "S"):
+        cs = write_cs(tmp_path / f"{kind}.cs", blob__path=names.astype(kind), blob__idx=[3, 5])
+        filter_store(store, tmp_path / kind, star=cs)
+        assert kept_rows(tmp_path / kind) == [3, 65]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"blob__path": [1, 2], "blob__idx": [0, 1]}, ["blob/path", "int64"]),
+        ({"blob__path": [b"a.mrc", b"b.mrc"], "blob__idx": [0.0, 1.5]}, ["blob/idx", "float64", "integers"]),
+        ({"blob__path": [b"a.mrc", b"b.mrc"], "blob__idx": [0, -1]}, ["blob/idx", "-1", "row 2"]),
+        ({"blob__path": [b"a.mrc", b"b.mrc"]}, ["no columns blob/path and blob/idx"]),
+        ({"uid": ["a", "b"]}, ["uid", "<U1", "integers"]),
+    ],
+)
+def test_columns_of_a_cs_file_that_mean_nothing_are_refused(store, tmp_path, refusal, columns, words):
+    cs = write_cs(tmp_path / "s.cs", **columns)
+    refusal(SourceError, ["s.cs", *words], lambda: filter_store(store, tmp_path / "out", star=cs))
+
+
 # --- rows, labels, queries -------------------------------------------------------------------------------------------
 
 
