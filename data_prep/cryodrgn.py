@@ -76,6 +76,11 @@ def with_cryodrgn_poses(table: ParticleTable, poses: Path | Sequence[Path], exte
     if len(contents) not in (1, 2):
         raise SourceError(f"{files[0]}: {len(contents)} entries; expected rotations, or rotations and shifts")
     count, last = len(table), files[-1]
+    if table.tilt is not None and getattr(contents[0], "shape", ())[:1] == (table.source_rows,) != (count,):
+        raise SourceError(
+            f"{files[0]}: {table.source_rows} poses, one for each particle; a tilt series needs one for each of its {count} "
+            "images, or those of its STAR file"
+        )
     rotations = _numbers(files[0], "rotations", contents[0], (count, 3, 3), table.source)
     with np.errstate(over="ignore", invalid="ignore"):
         products = rotations @ np.swapaxes(rotations, 1, 2)

@@ -20,8 +20,8 @@ from data_prep.sources import read_particles
 from data_prep.stacks import Stack, open_stack
 from data_prep.table import ParticleTable
 from data_prep.tilt import with_slices
-from spire_dist import numpy_pickle
 from spire_dist.errors import ConfigError, SourceError
+from spire_dist.numpy_pickle import load_numbers
 from spire_dist.progress import progress
 from spire_dist.schema import MOST_IMAGES_PER_CHUNK, images_per_chunk
 
@@ -262,13 +262,15 @@ def _check_slices(table: ParticleTable, stacks: list[Stack]) -> NDArray[np.int64
     if missing.size:
         row = missing[0]
         path, asked = stacks[table.image_file[row]].path, table.slice_index[row] + 1
-        raise SourceError(f"{table.source}: row {row + 1} asks for image {asked} of {path}, which has {counts[row]}")
+        where = f"{table.source}: row {table.source_index[row] + 1}"
+        raise SourceError(f"{where} asks for image {asked} of {path}, which has {counts[row]}")
     if table.stated_box is not None:
         wrong = np.flatnonzero(table.stated_box != boxes)
         if wrong.size:
             row = wrong[0]
             path, stated = stacks[table.image_file[row]].path, table.stated_box[row]
-            raise SourceError(f"{table.source}: row {row + 1} states a box of {stated} px, {path} has {boxes[row]} px")
+            where = f"{table.source}: row {table.source_index[row] + 1}"
+            raise SourceError(f"{where} states a box of {stated} px, {path} has {boxes[row]} px")
     return boxes
 
 
@@ -290,15 +292,16 @@ def _common_box(
 
 
 def _read_labels(path: Path, table: ParticleTable) -> NDArray[np.int32]:
-    """True states [N] from a .npy or pickle of integers."""
-    try:
-        labels = np.asarray(np.load(path, allow_pickle=False) if path.suffix == ".npy" else numpy_pickle.load(path))
-    except (OSError, ValueError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"{path}: cannot be read as labels ({' '.join(str(error).split())})") from error
+    """True states [N] from a .npy, pickle or text file of integers; for tilt series also one for each particle."""
+    labels, counts = load_numbers(path, int), f"{len(table)} integers"
+    if table.tilt is not None:
+        counts += f" (one for each image) or {table.source_rows} (one for each particle)"
+        if labels.shape == (table.source_rows,):
+            labels = labels[table.source_index]
     if labels.shape != (len(table),) or not np.issubdtype(labels.dtype, np.integer):
-        raise SourceError(
-            f"{path}: labels of shape {labels.shape}, type {labels.dtype}; expected {len(table)} integers"
-        )
+        raise SourceError(f"{path}: labels of shape {labels.shape}, type {labels.dtype}; expected {counts}")
+    low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    wrong = np.flatnonzero((labels < low) | (labels > high))
+    if wrong.size:
+        raise SourceError(f"{path}: label {labels[wrong[0]]} in row {wrong[0] + 1}; expected {low} to {high}")
     return labels.astype(np.int32)

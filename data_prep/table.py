@@ -42,6 +42,8 @@ class ParticleTable:
     """Effects that the file describes and the image model leaves out, such as beam tilt."""
     source_index: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """[N], row in `source`, from 0; the tilts of one particle share it. Default: one image for each row, in order."""
+    source_rows: int = 0
+    """Rows of `source`. Default: as many as images."""
     uid: NDArray[np.uint64] | None = None
     """[N], cryoSPARC's number of each particle, the same in all of its files."""
     tilt: NDArray[np.int32] | None = None
@@ -56,6 +58,8 @@ class ParticleTable:
     def __post_init__(self) -> None:
         if len(self.source_index) == 0:
             object.__setattr__(self, "source_index", np.arange(len(self)))
+        if not self.source_rows:
+            object.__setattr__(self, "source_rows", len(self))
 
     def __len__(self) -> int:
         return len(self.slice_index)

@@ -1,5 +1,6 @@
 """Tilt series: real stacks back-projected against Warp's own reconstruction, RELION's formulas, refusals by row."""
 
+import pickle
 from pathlib import Path
 
 import mrcfile
@@ -10,9 +11,11 @@ import starfile
 import torch
 from scipy.spatial.transform import Rotation
 
+from data_prep.convert import prepare
 from data_prep.relion import read_star
 from data_prep.sources import read_particles
 from data_prep.tilt import with_slices
+from spire_dist.data.store import ParticleStore
 from spire_dist.errors import SourceError
 from spire_dist.physics import kernels_cpu
 from spire_dist.physics.ctf import contrast_transfer, frequency_grid, shift_phases
@@ -334,3 +337,44 @@ def test_matrices_that_are_no_rotations_are_refused_by_tilt(tmp_path, refusal):
 
     star = _relion_5(tmp_path, mirrored)
     refusal(SourceError, ["TS_1.star", "tilt 2", "rotation"], lambda: read_particles(star))
+
+
+# --- stores ----------------------------------------------------------------------------------------------------------
+
+
+def _with_stacks(star: Path) -> Path:
+    (star.parent / "Extract").mkdir()
+    for number, count in (1, 3), (2, 2):
+        with mrcfile.new(star.parent / f"Extract/{number}_stack2d.mrcs") as mrc:
+            mrc.set_data(np.random.default_rng(number).standard_normal((count, 16, 16)).astype(np.float32))
+    return star
+
+
+def test_a_wrong_box_is_named_by_the_particles_row_not_by_the_images(tmp_path, refusal):
+    def boxes(blocks, tomograms, tilts):
+        blocks["particles"]["rlnImageSize"] = [16, 20]
+
+    star = _with_stacks(_relion_5(tmp_path, boxes))
+    refusal(SourceError, ["row 2 states", "20 px", "16 px"], lambda: prepare(star, tmp_path / "store", sign="+"))
+
+
+@pytest.mark.parametrize("labels", [[7, 9], [7, 7, 7, 9, 9]])
+def test_labels_are_for_each_particle_or_for_each_image(tmp_path, labels):
+    np.save(tmp_path / "labels.npy", labels)
+    options = {"labels": tmp_path / "labels.npy", "sign": "+", "shuffle": False}
+    store = ParticleStore.open(prepare(_with_stacks(_relion_5(tmp_path)), tmp_path / "store", **options))
+    assert store.label.tolist() == [7, 7, 7, 9, 9]
+
+
+def test_labels_for_neither_particles_nor_images_are_refused(tmp_path, refusal):
+    np.save(tmp_path / "labels.npy", [7, 8, 9])
+    star, options = _with_stacks(_relion_5(tmp_path)), {"labels": tmp_path / "labels.npy", "sign": "+"}
+    words = ["labels.npy", "(3,)", "5 integers (one for each image) or 2 (one for each particle)"]
+    refusal(SourceError, words, lambda: prepare(star, tmp_path / "store", **options))
+
+
+def test_poses_for_each_particle_are_refused_with_what_a_tilt_series_needs(tmp_path, refusal):
+    (tmp_path / "poses.pkl").write_bytes(pickle.dumps(np.tile(np.eye(3), (2, 1, 1))))
+    star, options = _with_stacks(_relion_5(tmp_path)), {"poses": tmp_path / "poses.pkl", "sign": "+"}
+    words = ["poses.pkl", "2 poses, one for each particle", "each of its 5 images"]
+    refusal(SourceError, words, lambda: prepare(star, tmp_path / "store", **options))
