@@ -4,6 +4,7 @@ Stores never change: each function here writes another one (`copying.py`), compl
 `spire-dist merge`, `filter` and `add`.
 """
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ from data_prep.query import by_query
 from data_prep.recipe import SAME_EXTENT
 from data_prep.shards import read_attributes, size_and_hash
 from data_prep.subset import in_file, in_rows, stack_paths, with_labels
-from spire_dist.data.store import ParticleStore
-from spire_dist.errors import ConfigError, StoreError
+from spire_dist.data.store import ParticleStore, map_table
+from spire_dist.errors import ConfigError, SpireError, Stopped, StoreError
 from spire_dist.files import remove
 from spire_dist.machine import cores
 from spire_dist.schema import MANIFEST_NAME
@@ -49,8 +50,10 @@ def merge(stores: Sequence[Path], out: Path, *, allow_duplicates: bool = False) 
     if len(opened) < 2:
         raise ConfigError(f"merge: {len(opened)} store(s) given; at least two are needed")
     _refuse_unlike([(store.path, store.attributes) for store in opened])
+    if not allow_duplicates:
+        _refuse_shared_images([(store.path, store.path) for store in opened])
     did = " merged with ".join(f"{store.count} particles of {store.path.name}" for store in opened)
-    return _merge(opened, Path(out), did, allow_duplicates)
+    return _merge(opened, Path(out), did)
 
 
 def filter_store(
@@ -122,7 +125,7 @@ def add(
     beside `out` that goes away afterwards. `sign` replaces the recorded option ("auto" finds it out from the new images);
     the other arguments are those of `prepare`. Raises `StoreError` where the pixel size would come out different.
     """
-    old, source, out = ParticleStore.open(store), Path(source), Path(out)
+    old, source, out = ParticleStore.open(store), Path(os.path.abspath(source)), Path(out)
     inputs = Inputs(
         particles=source,
         datadir=datadir,
@@ -144,21 +147,34 @@ def add(
             remove(new)
             return last["did"]
     workers = workers or cores()
-    begin(inputs, options, new, workers)
     try:
+        _begin(inputs, options, new, workers)
         _refuse_unlike([(old.path, old.attributes), (source, read_attributes(new))])
-    except StoreError:
+        if not allow_duplicates:
+            _refuse_shared_images([(old.path, old.path), (source, new)])
+        complete(new, partial(in_processes, workers=workers))
+        did = _merge([old, ParticleStore.open(new)], out, did)
+    except Stopped:  # the next call goes on
+        raise
+    except SpireError:
         remove(new)
         raise
-    complete(new, partial(in_processes, workers=workers))
-    did = _merge([old, ParticleStore.open(new)], out, did, allow_duplicates)
     remove(new)
     return did
 
 
-def _merge(stores: list[ParticleStore], out: Path, did: str, allow_duplicates: bool) -> str:
-    if not allow_duplicates:
-        _refuse_shared_images(stores)
+def _begin(inputs: Inputs, options: Options, new: Path, workers: int) -> None:
+    """`begin`, and again where what stands there is of another call that was cut off."""
+    try:
+        begin(inputs, options, new, workers)
+    except StoreError:
+        if not new.exists():
+            raise
+        remove(new)
+        begin(inputs, options, new, workers)
+
+
+def _merge(stores: list[ParticleStore], out: Path, did: str) -> str:
     lost = [name for name in ("label", "uid") if len({getattr(store, name) is None for store in stores}) > 1]
     if lost:
         did += f"; without {' and '.join(lost)}, which not all have"
@@ -184,31 +200,37 @@ def _refuse_unlike(stores: Sequence[tuple[Path, dict[str, Any]]]) -> None:
             )
 
 
-def _refuse_shared_images(stores: list[ParticleStore]) -> None:
-    """The same image in two stores: the same place of a stack, or the same row of a particle file wherever that lies."""
+def _refuse_shared_images(stores: Sequence[tuple[Path, Path]]) -> None:
+    """The same image in two stores (name, folder), finished or begun: the same place of a stack, or the same row of a
+    particle file wherever that lies.
+    """
     numbers: dict[str, int] = {}
 
     def numbered(names: Sequence[object]) -> NDArray[np.int64]:
         return np.array([numbers.setdefault(str(name), len(numbers)) for name in names])
 
     places, rows = [], []
-    for store in stores:
-        files = [entry for entry in store.attributes["inputs"] if entry["role"] == "particles"]
+    for _, store in stores:
+        stack, slices, source, index = (map_table(store, name) for name in ("stack", "slice", "source", "source_index"))
+        files = [entry for entry in read_attributes(store)["inputs"] if entry["role"] == "particles"]
         hashes = [entry["sha256"] or entry["path"] for entry in files]  # a stack has none
-        places.append(_keys(numbered(stack_paths(store))[store.stack], store.slice))
-        rows.append(_keys(numbered(hashes)[store.source], store.source_index, store.slice))
+        places.append(_keys(numbered(stack_paths(store))[stack], slices))
+        rows.append(_keys(numbered(hashes)[source], index, slices))
     for keys in (places, rows):
         distinct, count = np.unique(np.concatenate([np.unique(of_store) for of_store in keys]), return_counts=True)
         shared = distinct[count > 1]
         if shared.size == 0:
             continue
         first, second, *_ = (n for n, of_store in enumerate(keys) if shared[0] in of_store)
-        one, other = stores[first], stores[second]
+        (one, _), (other, folder) = stores[first], stores[second]
         both = np.flatnonzero(np.isin(keys[second], keys[first]))
-        image = f"image {other.slice[both[0]] + 1} of {stack_paths(other)[other.stack[both[0]]]}"
+        stack, number = (
+            stack_paths(folder)[map_table(folder, "stack")[both[0]]],
+            map_table(folder, "slice")[both[0]] + 1,
+        )
         raise StoreError(
-            f"{other.path}: {both.size} of its particles are also in {one.path} (one is {image}); filter them out of one of "
-            "the two, or allow duplicates to have them twice"
+            f"{other}: {both.size} of its particles are also in {one} (one is image {number} of {stack}); filter them out of "
+            "one of the two, or allow duplicates to have them twice"
         )
 
 

@@ -68,7 +68,7 @@ def columns_of(store: ParticleStore) -> dict[str, Callable[[], NDArray[Any]]]:
     columns["optics_group_name"] = lambda: _named(
         store.optics_group, [g["name"] for g in store.attributes["optics_groups"]]
     )
-    columns["stack_name"] = lambda: _named(store.stack, [path.name for path in stack_paths(store)])
+    columns["stack_name"] = lambda: _named(store.stack, [path.name for path in stack_paths(store.path)])
     if store.attributes["has_ctf"]:
         columns |= {name: lambda i=i: store.ctf[:, i] for i, name in enumerate(CTF_COLUMNS)}
         columns["defocus_a"] = lambda: (store.ctf[:, 0] + store.ctf[:, 1]) / 2

@@ -4,6 +4,7 @@ Called by `edit.py`. A subset file may name its stacks by other folders than the
 where prep would look for it is recognised by the end of its path, and that is said.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from data_prep.locate import PARENTS_SEARCHED
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.numpy_pickle import load_numbers
+from spire_dist.schema import STACKS_NAME
 from spire_dist.star import read_blocks
 
 Kept = NDArray[np.bool_]
@@ -52,7 +54,7 @@ def in_file(store: ParticleStore, path: Path) -> tuple[Kept, str]:
         raise SourceError(
             f"{path}: unknown kind {path.suffix!r}; a subset is a RELION .star or a cryoSPARC .cs or .csg"
         )
-    own = stack_paths(store)
+    own = stack_paths(store.path)
     found, guessed = match_stacks(path, names, own)
     places = found[files]
     known, whole = places >= 0, slices == WHOLE_STACK
@@ -170,9 +172,9 @@ def _common_end(name: str, path: Path) -> int:
     return 1 + next((i for i, equal in enumerate(same) if not equal), min(len(one), len(other)))
 
 
-def stack_paths(store: ParticleStore) -> list[Path]:
-    """The stacks that a store was made from, in the order that its `stack` counts them."""
-    return [Path(stack["path"]) for stack in store.read_stacks()]
+def stack_paths(store: Path) -> list[Path]:
+    """The stacks that a store, finished or begun, is made from, in the order that its `stack` counts them."""
+    return [Path(stack["path"]) for stack in json.loads((store / STACKS_NAME).read_text())]
 
 
 def _of_file(path: Path, count: int, lacking: NDArray[np.int64], first: list[str]) -> str:

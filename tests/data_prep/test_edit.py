@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mrcfile
 import numpy as np
 import pytest
 import starfile
@@ -17,7 +18,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import copying
+from data_prep import copying, edit
 from data_prep.checks import inspect_store, verify_store
 from data_prep.convert import prepare
 from data_prep.edit import add, filter_store, merge
@@ -340,10 +341,41 @@ def test_what_cannot_be_added_is_refused_and_leaves_nothing(stores, tmp_path, re
     refusal(StoreError, [str(finer), "1.5 Å/px", "2 Å/px"], lambda: add(stores[0], finer, out, workers=1))
     refusal(SourceError, ["none.star"], lambda: add(stores[0], tmp_path / "none.star", out, workers=1))
     own = Path(attributes(stores[0])["inputs"][0]["path"])
-    assert [path.name for path in tmp_path.iterdir()] == ["finer"]
-    refusal(StoreError, ["200 of its particles"], lambda: add(stores[0], own, out, workers=1))
-    assert not out.exists()
+    words = [f"{own}: 200 of its particles are also in {stores[0]}", "/stacks/part"]
+    for _ in range(2):
+        refusal(StoreError, words, lambda: add(stores[0], own, out, workers=1))
+    damaged = write_particles(tmp_path / "damaged")
+    with mrcfile.open(tmp_path / "damaged/stacks/part01.mrcs", "r+") as mrc:
+        assert mrc.data is not None
+        mrc.data[3] = np.nan
+    refusal(SourceError, ["part01.mrcs"], lambda: add(stores[0], damaged, out, workers=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged", "finer"]
     refusal(StoreError, [str(stores[1])], lambda: add(stores[0], own, stores[1], workers=1))
+
+
+def test_shared_particles_are_refused_before_their_images_are_made(stores, tmp_path, refusal, monkeypatch):
+    def make_no_image(*_: Any) -> None:
+        raise AssertionError("images are made")
+
+    monkeypatch.setattr(edit, "complete", make_no_image)
+    own = Path(attributes(stores[0])["inputs"][0]["path"])
+    refusal(StoreError, ["200 of its particles"], lambda: add(stores[0], own, tmp_path / "out", workers=1))
+
+
+def test_an_add_is_known_again_from_another_folder(stores, tmp_path, monkeypatch):
+    source, out = Path(attributes(stores[1])["inputs"][0]["path"]), tmp_path / "out"
+    monkeypatch.chdir(source.parent)
+    said = add(stores[0], Path(source.name), out, workers=1)
+    monkeypatch.chdir(tmp_path)
+    assert add(stores[0], Path(os.path.relpath(source)), Path("out"), workers=1) == said
+
+
+def test_what_another_add_left_is_no_hindrance(stores, tmp_path, merged, write_particles):
+    out = tmp_path / "out"
+    prepare(write_particles(tmp_path / "else"), tmp_path / ".out.new", only_begin=True, **SMALL)
+    add(stores[0], Path(attributes(stores[1])["inputs"][0]["path"]), out, workers=1)
+    np.testing.assert_array_equal(arrays(out)["images"], arrays(merged)["images"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["else", "out"]
 
 
 @pytest.mark.parametrize("shards", [0, 2])
