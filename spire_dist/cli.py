@@ -232,8 +232,8 @@ def filter_(
 
 @app.command()
 def merge(
-    out: Annotated[Path, typer.Argument(help="Store to make.")],
     stores: Annotated[list[Path], typer.Argument(help="Stores of one box and pixel size, two or more.")],
+    out: Annotated[Path, typer.Argument(help="Store to make.")],
     allow_duplicates: Annotated[
         bool, typer.Option("--allow-duplicates", help="Images that two stores share may be there twice.")
     ] = False,

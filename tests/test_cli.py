@@ -165,6 +165,22 @@ def test_stacks_of_different_boxes_are_told(tmp_path, write_particles, mistake):
     mistake(["prep", star, tmp_path / "store"], "part02.mrcs", "20")
 
 
+def test_stores_are_made_of_stores_the_new_one_named_last(tmp_path, write_particles, command, mistake):
+    stars = [write_particles(tmp_path / name, seed=seed) for seed, name in enumerate("abc")]
+    stores = [tmp_path / f"{star.parent.name}.zarr" for star in stars]
+    for star, store in zip(stars[:2], stores, strict=False):
+        assert command("prep", star, store, "--sign", "+", "--workers", 1)[0] == 0
+    out = [tmp_path / name for name in ("merged", "added", "near")]
+    code, output, errors = command("merge", *stores[:2], out[0])
+    assert (code, output) == (0, f"{out[0]}: 150 particles of a.zarr merged with 150 particles of b.zarr\n"), errors
+    code, output, errors = command("add", out[0], stars[2], out[1], "--workers", 1)
+    assert (code, output) == (0, f"{out[1]}: {stars[2]} added to 300 particles of merged\n"), errors
+    code, output, _ = command("filter", out[1], out[2], "--query", "source == 2 and source_index < 9")
+    assert (code, output) == (0, f"{out[2]}: 9 of 450 particles kept: source == 2 and source_index < 9\n")
+    mistake(["merge", stores[0], tmp_path / "alone"], "1 store")
+    mistake(["merge", stores[0], stores[0], tmp_path / "twice"], "150 of its particles")
+
+
 @pytest.mark.parametrize("verb", ["inspect", "verify"])
 def test_what_is_no_store_is_told(tmp_path, mistake, verb):
     mistake([verb, tmp_path], tmp_path, "not a particle store")
