@@ -27,8 +27,8 @@ class DataConfig(Section):
     store: Path = Path("particles.zarr")
     """Particle store written by `spire-dist prep`."""
     resident: Literal["auto", "never", "always"] = "auto"
-    """Whether all images are kept in memory: by default where they take up to a quarter of what is free on the GPU, or of a
-    rank's share of what is free on the node; else they are streamed from the store."""
+    """Whether all images are kept in memory: by default where they take up to a quarter of what is free on the GPU, or on a
+    node with one rank; else they are streamed from the store. `always`: in the node's memory, a copy for each rank."""
     loader: Literal["local", "ray"] = "local"
     """Who reads what is streamed: this process and its `workers`, or reader actors of a Ray cluster; the same batches."""
     workers: int | None = Field(default=None, ge=0)

@@ -130,14 +130,15 @@ class BatchSource:
 
 
 def refuse_not_finite(store: ParticleStore, images: Tensor, rows: NDArray[np.int64]) -> None:
-    """Raise StoreError, naming their rows in the input, where images [B, D, D] before their scale are not finite."""
+    """Raise StoreError, naming their files and rows, where images [B, D, D] before their scale are not finite."""
     sums = torch.from_numpy(store.scale[rows]) if store.scale is not None else images.sum((1, 2), dtype=torch.float32)
     finite = torch.isfinite(sums).numpy()
     if not finite.all():
-        bad = (store.source_index[rows[~finite]] + 1).tolist()
+        sources = store.sources
+        bad = [f"{sources[store.source[row]]} row {store.source_index[row] + 1}" for row in rows[~finite][:8]]
         raise StoreError(
-            f"{store.path}: pixels that are not finite numbers in the image of row {', '.join(map(str, bad[:8]))} "
-            "of the input; `spire-dist verify` checks the store, prep makes it again"
+            f"{store.path}: pixels that are not finite numbers in the image of {', '.join(bad)}; "
+            "`spire-dist verify` checks the store, prep makes it again"
         )
 
 

@@ -1,6 +1,7 @@
 """Whether all images of a store fit into memory, of the GPU or of this node, and having them there.
 
 Called by `training.train`. They are kept as they are stored, so that a batch has the same bits as one that was streamed.
+Ranks of one node keep no copies of their own: what they stream is in the system's cache of files, once for all of them.
 """
 
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spire_dist.data.blocks import local_ranks
 from spire_dist.data.loader import refuse_not_finite
 from spire_dist.data.store import ParticleStore
+from spire_dist.machine import local_ranks
 from spire_dist.progress import progress
 
 SHARE = 0.25
@@ -25,16 +26,17 @@ PIECE_BYTES = 2**26
 def resident_images(
     store: ParticleStore, wanted: Literal["auto", "never", "always"], device: torch.device
 ) -> NDArray[Any] | Tensor | None:
-    """All images [N, D, D] as stored: on the GPU, else in this node's memory, where they take little of what is free.
+    """All images [N, D, D] as stored: on the GPU, else in the memory of a node with one rank, where they take little of it.
 
-    None where they do not. `always` keeps them in the node's memory whatever they take. Raises StoreError as reading does.
+    None where they do not. `always` keeps them in memory whatever they take, a copy for each rank. Raises StoreError as
+    reading does.
     """
     size = store.count * store.box**2 * store.images.dtype.itemsize
     if wanted == "never":
         return None
     if device.type == "cuda" and size <= SHARE * torch.cuda.mem_get_info(device)[0]:
         return _read_all(store, device)
-    if wanted == "always" or size <= SHARE * free_memory() / local_ranks():
+    if wanted == "always" or (local_ranks() == 1 and size <= SHARE * free_memory()):
         return _read_all(store, torch.device("cpu")).numpy()
     return None
 

@@ -118,8 +118,12 @@ def test_an_error_while_reading_reaches_the_trainer(tmp_path, tiny_store, refusa
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_image_that_is_not_finite_is_named_by_its_row_in_the_input(store, resident, refusal, value):
-    resident.resident[[17, 40], 5, 5] = value
-    names = [str(store.source_index[row] + 1) for row in (17, 40)]
+def test_an_image_that_is_not_finite_is_named_by_its_file_and_row(store, refusal, value):
+    files = [{"role": "particles", "path": name} for name in ("a.star", "b.star")]
+    of_two = {"source": np.arange(240, dtype=np.int32) % 2, "attributes": store.attributes | {"inputs": files}}
+    images = store.stored(np.arange(240))
+    images[[17, 40], 5, 5] = value
+    resident = BatchSource(replace(store, **of_two), images)
+    names = [f"{file} row {store.source_index[row] + 1}" for row, file in ((17, "b.star"), (40, "a.star"))]
     refusal(StoreError, [str(store.path), *names], lambda: resident.batch(np.arange(64)))
     resident.batch(np.array([16, 18]))
