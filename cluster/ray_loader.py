@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from cluster.ray_cluster import ray_cluster, told_by_a_worker
-from spire_dist.data.order import MOST_READERS, Order
+from cluster.ray_cluster import ray_cluster, require_ray, told_by_a_worker
+from spire_dist.data.order import Order
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import StoreError
+from spire_dist.machine import local_ranks
 
 if TYPE_CHECKING:
     from spire_dist.data.blocks import Blocks
@@ -36,17 +37,22 @@ TRIES = 10
 
 
 @contextmanager
-def ray_blocks(store: Path, run: Path, readers: int = READERS, address: str | None = None) -> Iterator["Blocks"]:
+def ray_blocks(
+    store: Path, run: Path, batch: int, readers: int = READERS, address: str | None = None
+) -> Iterator["Blocks"]:
     """Inside the block: what reads the particles of `store` for the run directory `run`, by `readers` actors on this node.
 
-    `address` as for `ray_cluster`: ranks share readers where it, or RAY_ADDRESS, names a cluster; else each has its own.
+    There is room for blocks of batches of up to `batch` images. `address` as for `ray_cluster`: ranks share readers where it,
+    or RAY_ADDRESS, names a cluster; else each starts its own, which reads its part alone.
     Raises ConfigError where there is no Ray, StoreError for a store that cannot be read.
     """
     particles = ParticleStore.open(store)
-    block_bytes = MOST_READERS * particles.images_per_chunk * particles.box**2 * particles.images.dtype.itemsize
+    block = Order(particles.count, particles.images_per_chunk, batch, 0).block_images
+    block_bytes = min(block, particles.count) * particles.box**2 * particles.images.dtype.itemsize
     digest = hashlib.sha256(f"{run.absolute()} {store.absolute()}".encode()).hexdigest()[:12]
+    sharing = 1 if require_ray(address) == "local" else local_ranks()
     with ray_cluster(address, cpus=readers, object_store_bytes=(readers + 2) * block_bytes):
-        yield partial(_blocks, Pool(store.absolute(), f"{run.name}-{digest}", readers))
+        yield partial(_blocks, Pool(store.absolute(), f"{run.name}-{digest}", readers), sharing)
 
 
 @dataclass(frozen=True)
@@ -72,11 +78,9 @@ class Part:
         return slice(sum(sizes[:-1]), sum(sizes))
 
 
-def _blocks(pool: "Pool", order: Order, rank: int, world: int, first: int) -> Generator[NDArray[Any]]:
-    """Blocks of a rank from `first` on, as many being read ahead as there are readers."""
-    from spire_dist.data.blocks import local_ranks
-
-    local = local_ranks() if world % local_ranks() == 0 else 1
+def _blocks(pool: "Pool", sharing: int, order: Order, rank: int, world: int, first: int) -> Generator[NDArray[Any]]:
+    """Blocks of a rank from `first` on, as many being read ahead as there are readers, which `sharing` ranks share."""
+    local = sharing if world % sharing == 0 else 1
     parts = (Part(order, block, rank, world, local) for block in count(first))
     ahead = deque((part, pool.ask(part)) for part in islice(parts, pool.readers))
     for part in parts:

@@ -295,7 +295,8 @@ def train(
     if loaded.data.loader == "ray":
         from cluster.ray_loader import READERS, ray_blocks
 
-        with ray_blocks(loaded.data.store, run, loaded.data.workers or READERS) as blocks:
+        batch = max(loaded.stage1.batch, loaded.stage2.batch)
+        with ray_blocks(loaded.data.store, run, batch, loaded.data.workers or READERS) as blocks:
             train_run(loaded, run, blocks)
     else:
         train_run(loaded, run)

@@ -4,16 +4,18 @@ import contextlib
 import os
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from typer.testing import CliRunner
 
-from cluster.ray_loader import Part, Reader, ray_blocks
+from cluster import ray_loader
+from cluster.ray_loader import Part, Pool, Reader, ray_blocks
 from data_prep.convert import prepare
 from spire_dist.cli import app
 from spire_dist.config import RunConfig
@@ -24,14 +26,16 @@ from spire_dist.data.store import ParticleStore
 from spire_dist.errors import StoreError
 
 BATCH, STEPS = 4, 160
-"""A block is 256 of the 500 particles; the steps go into a second epoch."""
+"""A block is 256 of the 500 particles, which are in chunks of 4; the steps go into a second epoch."""
 
 
 @pytest.fixture(scope="module", params=["float16", "compact"])
 def store(request, tmp_path_factory, write_particles) -> ParticleStore:
     folder = tmp_path_factory.mktemp("blocks")
     source = write_particles(folder / "in", count=500)
-    return ParticleStore.open(prepare(source, folder / "store", images_per_shard=128, dtype=request.param))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.plan.images_per_chunk", lambda box, itemsize: 4)
+        return ParticleStore.open(prepare(source, folder / "store", images_per_shard=128, dtype=request.param))
 
 
 def order_of(store: ParticleStore) -> Order:
@@ -58,16 +62,41 @@ def test_a_rank_that_comes_late_or_again_gets_its_part_all_the_same(store):
         np.testing.assert_array_equal(reader.read(part), store.images.read(order.portion(block, 1, 2).runs))
 
 
+@pytest.mark.parametrize(("address", "sharing"), [("local", 1), ("auto", 2)])
+def test_a_rank_with_a_cluster_of_its_own_reads_its_part_alone(store, monkeypatch, tmp_path, address, sharing):
+    asked: list[Part] = []
+    monkeypatch.setattr(ray_loader, "ray_cluster", lambda *where, **more: nullcontext())
+    monkeypatch.setattr(ray_loader, "require_ray", lambda given: address)
+    monkeypatch.setattr(Pool, "ask", lambda self, part: asked.append(part))
+    monkeypatch.setattr(Pool, "take", lambda self, part, answer: Reader(store.path).read(part))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    order = order_of(store)
+    with ray_blocks(store.path, tmp_path, BATCH) as blocks, closing(blocks(order, 1, 2, 0)) as reading:
+        np.testing.assert_array_equal(next(reading), store.images.read(order.portion(0, 1, 2).runs))
+    assert {part.local for part in asked} == {sharing}
+
+
+@pytest.mark.parametrize(("batch", "images"), [(4, 256), (300, 300), (10_000, 500)])
+def test_the_object_store_has_room_for_blocks_of_any_batch(store, monkeypatch, tmp_path, batch, images):
+    started: list[dict[str, int]] = []
+    monkeypatch.setattr(ray_loader, "ray_cluster", lambda *where, **room: nullcontext(started.append(room)))
+    monkeypatch.setattr(ray_loader, "require_ray", lambda given: "local")
+    with ray_blocks(store.path, tmp_path, batch, readers=3):
+        image_bytes = 16 * 16 * store.images.dtype.itemsize
+        assert started == [{"cpus": 3, "object_store_bytes": 5 * images * image_bytes}]
+
+
 RANK = """
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 import numpy as np, ray, torch
 from cluster.ray_loader import ray_blocks
 from spire_dist.data.loader import BatchSource
 from spire_dist.data.store import ParticleStore
 store, out, rank, world, batch, steps = *map(Path, sys.argv[1:3]), *map(int, sys.argv[3:])
-with ray_blocks(store, store / "run") as blocks:
+with ray_blocks(store, store / "run", batch) as blocks:
     source = BatchSource(ParticleStore.open(store), blocks=blocks)
     batches = list(islice(source.training(source.order(batch, 0), 1, rank, world), steps))
     actors = [entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True)]
@@ -111,7 +140,7 @@ def test_readers_that_are_killed_are_replaced_and_no_particle_is_lost_or_repeate
 
     order, run = order_of(store), tmp_path / "killed"
     others, seen = reader_processes(), set()  # those of an earlier test may be about to leave
-    with ray_blocks(store.path, run, address=two_nodes) as blocks, closing(blocks(order, 0, 1, 0)) as reading:
+    with ray_blocks(store.path, run, BATCH, address=two_nodes) as blocks, closing(blocks(order, 0, 1, 0)) as reading:
         for block, images in enumerate(islice(reading, 20)):
             np.testing.assert_array_equal(images, store.images.read(order.portion(block).runs))
             alive = reader_processes() - others
@@ -119,7 +148,7 @@ def test_readers_that_are_killed_are_replaced_and_no_particle_is_lost_or_repeate
             if block == 4:
                 alive.pop().kill()
             if block == 10:
-                names = ray.util.list_named_actors(all_namespaces=True)
+                names: list[Any] = ray.util.list_named_actors(all_namespaces=True)
                 ray.kill(ray.get_actor(**next(entry for entry in names if entry["name"].startswith(run.name))))
     assert len(seen) == 2 + 2
 
@@ -129,7 +158,7 @@ def test_readers_that_are_killed_are_replaced_and_no_particle_is_lost_or_repeate
 def test_a_damaged_shard_is_named_as_the_plain_loader_names_it(store, two_nodes, tmp_path, refusal):
     (store.path / "images" / "c" / "1" / "0" / "0").rename(tmp_path / "shard")
     try:
-        with ray_blocks(store.path, tmp_path / "run", address=two_nodes) as blocks:
+        with ray_blocks(store.path, tmp_path / "run", BATCH, address=two_nodes) as blocks:
             refusal(
                 StoreError, ["images/c/1/0/0", "damaged"], lambda: list(islice(blocks(order_of(store), 0, 1, 0), 4))
             )
