@@ -7,7 +7,7 @@ particles. Nothing is guessed: a line that does not fit its table is refused by 
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +37,44 @@ def read_blocks(source: Path, labels: Mapping[str, type]) -> dict[str, Columns]:
 
     A block without `loop_` (one value for each label) is a table of one row. Raises `SourceError` with the line's number.
     """
-    tables: dict[str, _Table] = {}
+    tables: dict[str, Table] = {}
+    for number, _, cells, table, is_row in walk(source, labels):
+        if table is not None:
+            tables[table.name] = table
+            if is_row:
+                table.add(number, cells)
+    return {name: table.columns() for name, table in tables.items()}
+
+
+def walk(
+    source: Path, labels: Mapping[str, type], *, quoted: bool = False
+) -> Iterator[tuple[int, bytes, list[bytes], "Table | None", bool]]:
+    """Each line of a STAR file: (number from 1, text, cells, block it stands in, whether it is a row of the block's loop).
+
+    The block knows of its labels up to the line. A byte order mark is left out. Raises as `read_blocks`, whose arguments
+    these are; `quoted` as in `split_cells`.
+    """
+    names: set[str] = set()
     table = None
     try:
         with open(source, "rb") as file:
             if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
                 file.seek(0)
             for number, line in enumerate(file, start=1):
-                cells = split_cells(line)
-                if not cells:
-                    continue
-                heading = is_heading(cells)
-                if table is not None and not heading and table.takes(cells[0]):
-                    table.add(number, cells)
-                elif heading:
-                    table = _Table(source, cells[0][5:].decode(errors="surrogateescape"), labels)
-                    if tables.setdefault(table.name, table) is not table:
+                cells = split_cells(line, quoted=quoted)
+                is_row = False
+                if is_heading(cells):
+                    table = Table(source, cells[0][5:].decode(errors="surrogateescape"), labels)
+                    if table.name in names:
                         raise SourceError(f"{source}: line {number}: a second block data_{table.name}; one is expected")
-                elif table is not None:
-                    table.describe(number, cells)
+                    names.add(table.name)
+                elif cells and table is not None:
+                    is_row = table.takes(cells[0])
+                    if not is_row:
+                        table.describe(number, cells)
+                yield number, line, cells, table, is_row
     except OSError as error:
         raise SourceError(f"{source}: cannot be read ({error.strerror})") from error
-    return {name: table.columns() for name, table in tables.items()}
 
 
 def numbers(source: Path, columns: Columns, label: str) -> NDArray[np.float64]:
@@ -106,19 +122,20 @@ def is_heading(cells: list[bytes]) -> bool:
     return len(cells) == 1 and cells[0][:5].lower() == b"data_"
 
 
-class _Table:
+class Table:
     """One block while it is read."""
 
     def __init__(self, source: Path, name: str, wanted: Mapping[str, type]) -> None:
         self.source, self.name, self.wanted = source, name, wanted
         self.labels: list[str] = []
-        self.is_loop = False
+        self.is_loop = self.has_rows = False
         self.waiting: list[list[bytes]] = []
         self.parts: dict[str, list[NDArray[Any]]] = {}
 
     def takes(self, first: bytes) -> bool:
         """Whether a line that begins with `first` is a row: all are, once the labels have ended."""
-        return self.is_loop and bool(self.labels) and (bool(self.waiting or self.parts) or not first.startswith(b"_"))
+        self.has_rows = self.has_rows or (self.is_loop and bool(self.labels) and not first.startswith(b"_"))
+        return self.has_rows
 
     def describe(self, number: int, cells: list[bytes]) -> None:
         """Take the line of a label, or of a label and its value, or `loop_`."""
