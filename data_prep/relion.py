@@ -32,7 +32,7 @@ CTF_DEFAULTS = {
 }
 """RELION's labels in the order of `schema.CTF_COLUMNS`, with the value or column that stands in where one is missing.
 
-Without rlnDefocusV a defocus has no astigmatism, as in RELION.
+Without rlnDefocusV a defocus has no astigmatism, as in RELION. An astigmatism without its angle is refused.
 """
 
 IGNORED = {
@@ -50,17 +50,20 @@ IGNORED = {
 ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
 LABELS: dict[str, type] = {
-    **dict.fromkeys([*CTF_DEFAULTS, *ANGLES, "rlnOpticsGroup", "rlnImageSize", "rlnImageDimensionality"], float),
+    **dict.fromkeys([*ANGLES, "rlnOpticsGroup"], float),
     **dict.fromkeys(["rlnImagePixelSize", "rlnPixelSize", "rlnDetectorPixelSize", "rlnMagnification"], float),
     **dict.fromkeys([f"rlnOrigin{axis}{unit}" for axis in "XYZ" for unit in ("", "Angst")], float),
-    **dict.fromkeys(["rlnCtfDataAreCtfPremultiplied", "rlnTomoSubTomosAre2DStacks"], float),
-    **dict.fromkeys(["rlnImageName", "rlnOpticsGroupName", "rlnCtfImage", *IGNORED], str),
+    **dict.fromkeys(CTF_DEFAULTS, np.float32),
+    **dict.fromkeys(["rlnImageSize", "rlnImageDimensionality", "rlnCtfDataAreCtfPremultiplied"], np.float32),
+    **dict.fromkeys(["rlnOpticsGroupName", "rlnCtfImage", *IGNORED], str),
+    "rlnImageName": tuple,
     **PARTICLE_LABELS,
     **SET_LABELS,
 }
-"""The columns that are read, and whether they hold numbers; all others are passed over."""
+"""The columns that are read, and as what (`star.read_blocks`); all others are passed over."""
 
 LARGEST_BOX = 2**15
+ROWS_AT_ONCE = 2**16
 IMAGE_NUMBER = re.compile("[0-9]{1,9}")
 
 
@@ -75,38 +78,47 @@ def read_star(source: Path, pixel_size: float | None, no_ctf: bool, tomograms: P
         return read_star(particles_star, pixel_size, no_ctf, tomograms or tomograms_star)
     particles, optics = _particles(source, blocks)
     groups, names = _optics_groups(source, particles, optics)
-    particles = {label: cells[groups] for label, cells in optics.items()} | particles
+    ignored = _ignored(optics | particles)
+    for label in (*IGNORED, "rlnOpticsGroup", "rlnOpticsGroupName"):
+        for columns in (particles, optics):
+            columns.pop(label, None)
+    for label, cells in optics.items():
+        if label not in particles:
+            particles[label] = cells[groups]
     in_tilts = _is_tilt_series(source, particles)
     if tomograms is not None and not in_tilts:
         raise ConfigError(
             f"tomograms: {tomograms} is of no use, {source} holds no tilt series (no rlnTomoVisibleFrames)"
         )
 
-    pixel_sizes = _pixel_sizes(source, particles, pixel_size)
-    if in_tilts and not no_ctf:
-        particles["rlnDefocusU"] = np.zeros(len(groups))  # of the tilts, not of the particle
-    ctf = np.tile(np.array(NO_CTF), (len(groups), 1)) if no_ctf else _ctf(source, particles)
-    origins_a = np.stack([_origin_a(source, particles, axis, pixel_sizes) for axis in "XYZ"], axis=1)
+    # Columns go as soon as they are used: of ten million particles each takes 80 MB.
+    slices, files, paths = _image_names(source, particles.pop("rlnImageName"), in_tilts)
+    pixel_sizes = _pixel_sizes(source, particles, len(groups), pixel_size)
+    if in_tilts and not no_ctf:  # of the tilts, not of the particle
+        particles |= dict.fromkeys(("rlnDefocusU", "rlnDefocusV"), np.zeros(len(groups)))
+    ctf = np.tile(np.array(NO_CTF, np.float32), (len(groups), 1)) if no_ctf else _ctf(source, particles, len(groups))
+    for label in CTF_DEFAULTS:
+        particles.pop(label, None)
     missing_angle = next((angle for angle in ANGLES if angle not in particles), None)
-    rotations = shifts_a = None
-    if missing_angle is None:
-        rotations = matrices_from_relion_angles(*(numbers(source, particles, angle) for angle in ANGLES))
-        shifts_a = -origins_a[:, :2].astype(np.float32)
-    slices, files, paths = _image_names(source, particles, in_tilts)
+    rotations = None if missing_angle else _rotations([numbers(source, particles, angle) for angle in ANGLES])
+    for label in ANGLES:
+        particles.pop(label, None)
+    axes = "XYZ" if in_tilts else "XY"
+    origins_a = np.stack([_origin_a(source, particles, axis, pixel_sizes) for axis in axes], axis=1)
     table = ParticleTable(
         source=source,
         image_paths=paths,
         image_file=files,
         slice_index=slices,
         rotations=rotations,
-        shifts_a=shifts_a,
-        ctf=ctf.astype(np.float32),
+        shifts_a=None if rotations is None else -origins_a[:, :2].astype(np.float32),
+        ctf=ctf,
         optics_group=groups.astype(np.int32),
         optics_names=names,
         pixel_size_a=pixel_sizes,
         stated_box=_boxes(source, particles),
         sign_hint=None,
-        ignored=_ignored(particles),
+        ignored=ignored,
         ctf_premultiplied=_any(source, particles, "rlnCtfDataAreCtfPremultiplied", 1),
         missing_poses=f"no column {missing_angle}" if missing_angle else "",
     )
@@ -174,10 +186,10 @@ def _any(source: Path, particles: Columns, label: str, value: float) -> bool:
     return label in particles and bool((numbers(source, particles, label) == value).any())
 
 
-def _pixel_sizes(source: Path, particles: Columns, override: float | None) -> NDArray[np.float64]:
+def _pixel_sizes(source: Path, particles: Columns, count: int, override: float | None) -> NDArray[np.float64]:
     """[N] Å/px: what the user says, else the image's, else the detector's (µm) over the magnification."""
     if override is not None:
-        values = np.full(len(particles["rlnImageName"]), float(override))
+        values = np.full(count, float(override))
     elif "rlnImagePixelSize" in particles:
         values = numbers(source, particles, "rlnImagePixelSize")
     elif "rlnDetectorPixelSize" in particles and "rlnMagnification" in particles:
@@ -194,19 +206,35 @@ def _pixel_sizes(source: Path, particles: Columns, override: float | None) -> ND
     return sane_pixel_sizes(source, values)
 
 
-def _ctf(source: Path, particles: Columns) -> NDArray[np.float64]:
+def _ctf(source: Path, particles: Columns, count: int) -> NDArray[np.float32]:
     """[N, 9] in RELION's units, which are `schema.CTF_COLUMNS`'s."""
-    columns = []
-    for label, default in CTF_DEFAULTS.items():
+    ctf = np.empty((count, len(CTF_DEFAULTS)), dtype=np.float32)
+    for column, (label, default) in enumerate(CTF_DEFAULTS.items()):
         if label in particles:
-            columns.append(numbers(source, particles, label))
+            ctf[:, column] = numbers(source, particles, label)
         elif isinstance(default, str):
-            columns.append(numbers(source, particles, default))
+            ctf[:, column] = numbers(source, particles, default)
         elif default is not None:
-            columns.append(np.full(len(particles["rlnImageName"]), default))
+            ctf[:, column] = default
         else:
             raise SourceError(f"{source}: column {label} is missing; add it, or use no_ctf for images without a CTF")
-    return np.stack(columns, axis=1)
+    astigmatic = np.flatnonzero(ctf[:, 0] != ctf[:, 1])
+    if "rlnDefocusAngle" not in particles and astigmatic.size:
+        row = astigmatic[0]
+        raise SourceError(
+            f"{source}: column rlnDefocusAngle is missing, but row {row + 1} has rlnDefocusU {ctf[row, 0]:g} and "
+            f"rlnDefocusV {ctf[row, 1]:g}; add the column"
+        )
+    return ctf
+
+
+def _rotations(angles_deg: list[NDArray[np.float64]]) -> NDArray[np.float32]:
+    """[N, 3, 3] of (rot, tilt, psi) [N] each, in blocks: on its way a matrix takes five times its room."""
+    rotations = np.empty((len(angles_deg[0]), 3, 3), dtype=np.float32)
+    for first in range(0, len(rotations), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        rotations[rows] = matrices_from_relion_angles(*(angles[rows] for angles in angles_deg))
+    return rotations
 
 
 def _origin_a(source: Path, particles: Columns, axis: str, pixel_sizes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -219,21 +247,27 @@ def _origin_a(source: Path, particles: Columns, axis: str, pixel_sizes: NDArray[
 
 
 def _image_names(
-    source: Path, particles: Columns, in_tilts: bool
+    source: Path, names: NDArray[np.object_], in_tilts: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], list[str]]:
     """`000012@dir/a.mrcs` is slice 11 of dir/a.mrcs; a name without @ is a file of one image, or a stack of tilts."""
-    names = particles["rlnImageName"]
-    slices, stacks = np.zeros(len(names), dtype=np.int64), np.empty(len(names), dtype=object)
-    for row, name in enumerate(names):
-        number, at, stacks[row] = name.rpartition("@")
-        if at:
-            slices[row] = int(number) - 1 if IMAGE_NUMBER.fullmatch(number) else -1
-        if slices[row] < 0 or not stacks[row].strip():
-            raise SourceError(f"{source}: row {row + 1} has rlnImageName {name!r}; expected like 000001@stack.mrcs")
-        if at and in_tilts:
-            raise SourceError(f"{source}: row {row + 1} has rlnImageName {name!r}; expected the stack of all its tilts")
-    files, paths = pd.factorize(stacks)
-    return slices, files.astype(np.int32), [str(path) for path in paths]
+    number_of, before = pd.factorize(names[:, 0])
+    file_of, paths = pd.factorize(names[:, 1])
+    numbered = [IMAGE_NUMBER.fullmatch(text.removesuffix("@")) for text in before]
+    slice_of = np.array([int(n[0]) - 1 if n else -bool(text) for n, text in zip(numbered, before, strict=True)])
+    nameless = np.array([not path.strip() for path in paths])
+    slices = slice_of[number_of]
+    wrong = np.flatnonzero((slices < 0) | nameless[file_of])
+    if wrong.size:
+        row = wrong[0]
+        raise SourceError(
+            f"{source}: row {row + 1} has rlnImageName {''.join(names[row])!r}; expected like 000001@stack.mrcs"
+        )
+    if in_tilts and any(before):
+        row = np.flatnonzero(np.array([bool(text) for text in before])[number_of])[0]
+        raise SourceError(
+            f"{source}: row {row + 1} has rlnImageName {''.join(names[row])!r}; expected the stack of all its tilts"
+        )
+    return slices, file_of.astype(np.int32), [str(path) for path in paths]
 
 
 def _boxes(source: Path, particles: Columns) -> NDArray[np.int64] | None:
@@ -246,12 +280,12 @@ def _boxes(source: Path, particles: Columns) -> NDArray[np.int64] | None:
     return boxes.astype(np.int64)
 
 
-def _ignored(particles: Columns) -> list[str]:
+def _ignored(columns: Columns) -> list[str]:
     """Effects whose columns hold anything but the neutral value (Zernike lists are text in brackets)."""
     effects = set()
     for label, (effect, neutral) in IGNORED.items():
-        if label in particles:
-            values = re.findall(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?", " ".join(set(particles[label])))
+        if label in columns:
+            values = re.findall(r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?", " ".join(set(columns[label])))
             if any(float(value) != neutral for value in values):
                 effects.add(effect)
     return sorted(effects)

@@ -6,10 +6,12 @@ rotation P A_subtomogram A and the shift -(P A_subtomogram origin) in x and y. I
 rlnTomoHand · (depth of the particle below the tomogram's centre along P's z axis, in Å).
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from data_prep.table import ParticleTable
@@ -23,7 +25,7 @@ PARTICLE_LABELS: dict[str, type] = {
     **dict.fromkeys(["rlnTomoName", "rlnTomoVisibleFrames"], str),
     **dict.fromkeys([f"rlnTomoSubtomogram{angle}" for angle in ("Rot", "Tilt", "Psi")], float),
     **dict.fromkeys([f"rlnCenteredCoordinate{axis}Angst" for axis in "XYZ"], float),
-    **dict.fromkeys([f"rlnCoordinate{axis}" for axis in "XYZ"], float),
+    **dict.fromkeys([f"rlnCoordinate{axis}" for axis in "XYZ"], np.float32),
 }
 
 
@@ -36,14 +38,16 @@ def one_image_for_each_tilt(
     """
     source = table.source
     tomograms = tomograms or find_tomograms(source)
-    names = particles["rlnTomoName"]
-    series, files = read_series(tomograms, dict.fromkeys(names))
+    code, names = pd.factorize(particles["rlnTomoName"])
+    by_name, files = read_series(tomograms, names)
+    series = list(by_name.values())
+    tilts = np.array([len(one.ctf) for one in series])
     visible = [flags != 0 for flags in vectors(source, particles, "rlnTomoVisibleFrames")]
-    for row, (flags, name) in enumerate(zip(visible, names, strict=True)):
-        if len(flags) != len(series[name].ctf):
+    for row, (flags, of) in enumerate(zip(visible, code, strict=True)):
+        if len(flags) != tilts[of]:
             raise SourceError(
                 f"{source}: rlnTomoVisibleFrames has {len(flags)} entries in row {row + 1}, "
-                f"{name} has {len(series[name].ctf)} tilts"
+                f"{names[of]} has {tilts[of]} tilts"
             )
     particle = np.repeat(np.arange(len(table)), [flags.sum() for flags in visible])
     if not particle.size:
@@ -55,27 +59,23 @@ def one_image_for_each_tilt(
         angles = (numbers(source, particles, f"rlnTomoSubtomogram{angle}") for angle in ("Rot", "Tilt", "Psi"))
         subtomogram = matrices_from_relion_angles(*angles).astype(np.float64)
     origins_a = np.einsum("nij,nj->ni", subtomogram, origins_a)
-    positions_a = _positions_a(source, particles, series, table.pixel_size_a)
+    positions_a = _positions_a(source, particles, series, code, table.pixel_size_a)
 
-    count = len(particle)
-    to_image, ctf = np.empty((count, 3, 3)), table.ctf[particle]
-    tilts = np.stack([tilt, np.empty_like(tilt)], axis=1).astype(np.int32)
-    columns = [CTF_COLUMNS.index(name) for name in (*TILT_CTF, "b_factor_a2")]
-    for name, of in series.items():
-        mine = np.flatnonzero(names[particle] == name)
-        to_image[mine] = of.rotations[tilt[mine]]
-        of_tilt = of.ctf[tilt[mine]]
+    of = code[particle]  # each image's series
+    place = (np.cumsum(tilts) - tilts)[of] + tilt  # its place among the tilts of all series
+    to_image = np.concatenate([one.rotations for one in series])[place]
+    ctf = table.ctf[particle]
+    if not no_ctf:
+        of_tilt = np.concatenate([one.ctf for one in series])[place]
         if positions_a is not None:
-            depth_a = np.einsum("nj,nj->n", to_image[mine, 2], (positions_a - origins_a)[particle[mine]])
-            of_tilt[:, :2] += of.hand * depth_a[:, None]
-        if not no_ctf:
-            ctf[mine[:, None], columns] = of_tilt
-        tilts[mine, 1] = len(of.ctf)
+            depth_a = np.einsum("nj,nj->n", to_image[:, 2], (positions_a - origins_a)[particle])
+            of_tilt[:, :2] += (np.array([one.hand for one in series])[of] * depth_a)[:, None]
+        ctf[:, [CTF_COLUMNS.index(name) for name in (*TILT_CTF, "b_factor_a2")]] = of_tilt
 
     ignored = set(table.ignored)
     if positions_a is None and not no_ctf:
         ignored.add("defocus at the particle's depth")
-    if any(of.damaged for of in series.values()):
+    if any(one.damaged for one in series):
         ignored.add("radiation damage")
     rotations = shifts_a = None
     if table.rotations is not None:
@@ -93,32 +93,39 @@ def one_image_for_each_tilt(
         pixel_size_a=table.pixel_size_a[particle],
         stated_box=None if table.stated_box is None else table.stated_box[particle],
         source_index=table.source_index[particle],
-        tilt=tilts,
+        tilt=np.stack([tilt, tilts[of]], axis=1).astype(np.int32),
         ignored=sorted(ignored),
         also_read=[*table.also_read, tomograms, *files],
     )
 
 
 def _positions_a(
-    source: Path, particles: Columns, series: dict[str, Series], pixel_sizes_a: NDArray[np.float64]
+    source: Path, particles: Columns, series: list[Series], code: NDArray[np.intp], pixel_sizes_a: NDArray[np.float64]
 ) -> NDArray[np.float64] | None:
-    """[N, 3], Å from the tomogram's centre; None where the file does not tell.
+    """[N, 3], Å from the tomogram's centre; None where the file does not tell. `code` [N] is each particle's series.
 
     RELION 5 states them so. In rlnCoordinateX/Y/Z, RELION 4 counts pixels of the tilt series and Warp those of the
-    images, which are larger: they are taken for the larger where all positions then lie within their tomograms.
+    images, which are larger: they are taken for the larger where all positions then lie within their tomograms, and a
+    line says which was taken.
     """
-    if all(f"rlnCenteredCoordinate{axis}Angst" in particles for axis in "XYZ"):
-        return np.stack([numbers(source, particles, f"rlnCenteredCoordinate{axis}Angst") for axis in "XYZ"], axis=1)
-    if not all(f"rlnCoordinate{axis}" in particles for axis in "XYZ"):
+    centred, in_pixels = (
+        [f"rln{name}{axis}{unit}" for axis in "XYZ"]
+        for name, unit in (("CenteredCoordinate", "Angst"), ("Coordinate", ""))
+    )
+    if all(label in particles for label in centred):
+        return np.stack([numbers(source, particles, label) for label in centred], axis=1)
+    if not all(label in particles for label in in_pixels) or any(one.centre_a is None for one in series):
         return None
-    of = [series[name] for name in particles["rlnTomoName"]]
-    if any(one.centre_a is None for one in of):
-        return None
-    coordinates = np.stack([numbers(source, particles, f"rlnCoordinate{axis}") for axis in "XYZ"], axis=1)
-    centres_a = np.array([one.centre_a for one in of])
+    coordinates = np.stack([numbers(source, particles, label) for label in in_pixels], axis=1)
+    centres_a = np.array([one.centre_a for one in series])[code]
     positions_a = coordinates * pixel_sizes_a[:, None]
-    if (positions_a > 2 * centres_a).any():
-        positions_a = coordinates * np.array([one.pixel_size_a for one in of])[:, None]
+    outside = np.flatnonzero((positions_a > 2 * centres_a).any(axis=1))
+    if outside.size:
+        positions_a = coordinates * np.array([one.pixel_size_a for one in series])[code, None]
+        unit = f"tilt series: in those of the images, row {outside[0] + 1} would lie outside its tomogram"
+    else:
+        unit = "images, in which all particles lie within their tomograms"
+    print(f"{source}: rlnCoordinateX, Y, Z are taken for pixels of the {unit}", file=sys.stderr)
     return positions_a - centres_a
 
 

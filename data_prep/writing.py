@@ -28,10 +28,10 @@ from spire_dist.schema import ARRAYS, MANIFEST_NAME, OPTIONAL_ARRAYS, SCHEMA_VER
 def planned_tables(plan: Plan) -> dict[str, NDArray[Any]]:
     """All arrays but the images, in the order of the store."""
     table, count = plan.table, len(plan.table)
-    no_rotations, no_shifts = np.tile(np.eye(3, dtype=np.float32), (count, 1, 1)), np.zeros((count, 2), np.float32)
+    no_rotation, no_shift = np.eye(3, dtype=np.float32), np.zeros(2, np.float32)
     tables: dict[str, NDArray[Any]] = {
-        "rotations": no_rotations if table.rotations is None else table.rotations,
-        "shifts": no_shifts if table.shifts_a is None else table.shifts_a,
+        "rotations": np.broadcast_to(no_rotation, (count, 3, 3)) if table.rotations is None else table.rotations,
+        "shifts": np.broadcast_to(no_shift, (count, 2)) if table.shifts_a is None else table.shifts_a,
         "ctf": table.ctf,
         "optics_group": table.optics_group,
         "source": np.zeros(count, dtype=np.int32),

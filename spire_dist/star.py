@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from spire_dist.errors import SourceError
 
 Columns = dict[str, NDArray[Any]]
-"""Label (without its underscore) -> [rows], float64 or str objects."""
+"""Label (without its underscore) -> [rows] of float64, float32 or str objects, or [rows, 2] of these (see `read_blocks`)."""
 
 ROWS_AT_ONCE = 512
 """Rows held as text before they become numbers."""
+
+TEXTS_SHARED = 2**16
+"""Different texts of a block that are remembered, so that equal cells are one object: millions of rows name few stacks."""
 
 CELL = re.compile(rb"""
     "(?P<double> .*? )" (?= \s | $ )   # a quoted cell ends with a quote before white space, so 5" stays within it
@@ -33,7 +36,8 @@ CELL = re.compile(rb"""
 def read_blocks(source: Path, labels: Mapping[str, type]) -> dict[str, Columns]:
     """The blocks of a STAR file by name (`data_optics` is "optics"), with those of their columns that `labels` lists.
 
-    labels  label -> float or str; a cell of a float column that is no number stays text, for `numbers` to refuse
+    labels  label -> float or np.float32 (a cell that is no number stays text, for `numbers` to refuse); str; or tuple for
+            text [rows, 2] cut after its last @: 000012@a.mrcs is ("000012@", "a.mrcs"), a.mrcs is ("", "a.mrcs")
 
     A block without `loop_` (one value for each label) is a table of one row. Raises `SourceError` with the line's number.
     """
@@ -77,14 +81,17 @@ def walk(
         raise SourceError(f"{source}: cannot be read ({error.strerror})") from error
 
 
-def numbers(source: Path, columns: Columns, label: str) -> NDArray[np.float64]:
-    """Column `label` [rows] as numbers; a cell that is none, NaN or infinity is refused, naming its row from 1."""
+def numbers(source: Path, columns: Columns, label: str) -> NDArray[Any]:
+    """Column `label` [rows] as numbers; a cell that is none, NaN or infinity is refused, naming its row from 1.
+
+    A column that was read as numbers is returned itself, not a copy.
+    """
     cells = columns[label]
     if cells.dtype == object:
         for row, cell in enumerate(cells):
             if not _is_number(cell):
                 raise SourceError(f"{source}: {label} is {cell!r} in row {row + 1}; a number is needed")
-    values = cells.astype(np.float64)
+    values = cells.astype(np.float64) if cells.dtype == object else cells
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         more = f" and {bad.size - 1} more" if bad.size > 1 else ""
@@ -93,16 +100,17 @@ def numbers(source: Path, columns: Columns, label: str) -> NDArray[np.float64]:
 
 
 def vectors(source: Path, columns: Columns, label: str) -> list[NDArray[np.float64]]:
-    """Column `label` of cells like [0.1,2,-3] as one array for each row; their lengths may differ."""
-    rows = []
+    """Column `label` of cells like [0.1,2,-3] as one array for each row, shared by equal cells; lengths may differ."""
+    known: dict[str, NDArray[np.float64]] = {}
     for row, cell in enumerate(columns[label]):
-        try:
-            rows.append(np.array([float(x) for x in cell.strip("[]").split(",")]))
-        except ValueError:
-            raise SourceError(
-                f"{source}: {label} is {cell!r} in row {row + 1}; expected numbers like [1,0,0,0]"
-            ) from None
-    return rows
+        if cell not in known:
+            try:
+                known[cell] = np.array([float(x) for x in cell.strip("[]").split(",")])
+            except ValueError:
+                raise SourceError(
+                    f"{source}: {label} is {cell!r} in row {row + 1}; expected numbers like [1,0,0,0]"
+                ) from None
+    return [known[cell] for cell in columns[label]]
 
 
 def split_cells(line: bytes, *, quoted: bool = False) -> list[bytes]:
@@ -131,6 +139,7 @@ class Table:
         self.is_loop = self.has_rows = False
         self.waiting: list[list[bytes]] = []
         self.parts: dict[str, list[NDArray[Any]]] = {}
+        self.texts: dict[bytes, str] = {}
 
     def takes(self, first: bytes) -> bool:
         """Whether a line that begins with `first` is a row: all are, once the labels have ended."""
@@ -163,28 +172,42 @@ class Table:
 
     def columns(self) -> Columns:
         self._convert()
-        return {label: np.concatenate(parts) for label, parts in self.parts.items()}
+        return {label: np.concatenate(self.parts.pop(label)) for label in list(self.parts)}
 
     def _convert(self) -> None:
         for column, label in enumerate(self.labels):
             kind = self.wanted.get(label)
             if kind is None:
                 continue
-            cells = [row[column] for row in self.waiting]
-            self.parts.setdefault(label, []).append(_as_numbers(cells) if kind is float else _as_text(cells))
+            parts = self.parts.setdefault(label, [])
+            parts.append(self._converted([row[column] for row in self.waiting], kind))
+            while len(parts) > 1 and len(parts[-2]) <= len(
+                parts[-1]
+            ):  # few large pieces: small ones leave holes in memory
+                parts[-2:] = [np.concatenate(parts[-2:])]
         self.waiting = []
+        if len(self.texts) > TEXTS_SHARED:
+            self.texts = {}
 
+    def _converted(self, cells: list[bytes], kind: type) -> NDArray[Any]:
+        if kind is tuple:
+            halves = (cell.rpartition(b"@") for cell in cells)
+            return np.array(
+                [(self._text(before + at), self._text(after)) for before, at, after in halves], dtype=object
+            )
+        if kind is not str:
+            try:
+                with np.errstate(over="ignore"):  # beyond float32 is infinite, which `numbers` refuses
+                    return np.fromiter(map(float, cells), dtype=kind, count=len(cells))
+            except ValueError:
+                pass
+        return np.array([self._text(cell) for cell in cells], dtype=object)
 
-def _as_numbers(cells: list[bytes]) -> NDArray[Any]:
-    """Numbers, or text where one of the cells is none."""
-    try:
-        return np.fromiter(map(float, cells), dtype=np.float64, count=len(cells))
-    except ValueError:
-        return _as_text(cells)
-
-
-def _as_text(cells: list[bytes]) -> NDArray[Any]:
-    return np.array([cell.decode(errors="surrogateescape") for cell in cells], dtype=object)
+    def _text(self, cell: bytes) -> str:
+        text = self.texts.get(cell)
+        if text is None:
+            text = self.texts[cell] = cell.decode(errors="surrogateescape")
+        return text
 
 
 def _is_number(cell: Any) -> bool:

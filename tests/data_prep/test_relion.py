@@ -165,6 +165,17 @@ def test_a_defocus_without_its_second_axis_has_no_astigmatism(tmp_path, write_pa
     np.testing.assert_array_equal(ctf[:, 2], 0)
 
 
+def test_an_astigmatism_without_its_angle_is_refused(tmp_path, write_particles, refusal):
+    def drop(blocks):
+        particles = blocks["particles"].drop(columns=["rlnDefocusAngle"])
+        blocks["particles"] = particles.assign(rlnDefocusU=[1e4, 1.2e4, 1e4], rlnDefocusV=1e4)
+
+    star = _rewritten(write_particles(tmp_path, count=3), drop)
+    words = [str(star), "rlnDefocusAngle is missing", "row 2", "12000", "10000"]
+    refusal(SourceError, words, lambda: read_particles(star))
+    assert len(read_particles(star, no_ctf=True)) == 3
+
+
 def test_missing_origins_are_zero(tmp_path, write_particles):
     def drop(blocks):
         blocks["particles"] = blocks["particles"].drop(columns=["rlnOriginXAngst", "rlnOriginYAngst"])
@@ -234,6 +245,26 @@ def test_a_row_may_begin_like_a_block_or_a_label_later_on(tmp_path):
 def test_a_block_without_a_loop_is_one_row(tmp_path):
     columns = _read(tmp_path / "a.star", "data_\n_rlnImageName  'my dir/a.mrcs'\n_rlnDefocusU 3\n\ndata_b\n_a 1\n")
     assert (columns["rlnImageName"].tolist(), columns["rlnDefocusU"].tolist()) == (["my dir/a.mrcs"], [3.0])
+
+
+def test_names_of_images_come_in_two_parts_and_equal_texts_are_one_object(tmp_path):
+    (tmp_path / "a.star").write_text(PLAIN + "b@c@d.mrcs 1 m2.mrc\ne.mrcs 2 m1.mrc\n")
+    labels = LABELS | {"rlnImageName": tuple, "rlnDefocusU": np.float32}
+    columns = read_blocks(tmp_path / "a.star", labels)["particles"]
+    assert columns["rlnImageName"].tolist() == [
+        ["1@", "a.mrcs"], ["2@", "a.mrcs"], ["b@c@", "d.mrcs"], ["", "e.mrcs"]
+    ]  # fmt: skip
+    assert columns["rlnImageName"][0, 1] is columns["rlnImageName"][1, 1]
+    assert columns["rlnDefocusU"].dtype == np.float32
+    assert columns["rlnDefocusU"].tolist() == [10000.5, 20000, 1, 2]
+
+
+@pytest.mark.parametrize("shared", [0, 3, 10**6])
+def test_how_many_texts_are_remembered_does_not_show(tmp_path, monkeypatch, shared):
+    monkeypatch.setattr("spire_dist.star.TEXTS_SHARED", shared)
+    rows = [(f"{i + 1}@{i % 7}.mrcs", float(i), f"m{i % 11}.mrc") for i in range(5000)]
+    columns = _read(tmp_path / "a.star", TABLE + "".join(f"{a} {b} {c}\n" for a, b, c in rows))
+    assert list(zip(*(columns[label] for label in LABELS), strict=True)) == rows
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1)

@@ -234,7 +234,7 @@ def test_projection_matrices_and_the_angles_they_come_from_give_the_same(tmp_pat
 
 
 @pytest.mark.parametrize(("unit_a", "far"), [(1.5, 600.0), (3.0, 0.0)])
-def test_coordinates_are_pixels_of_the_images_only_where_all_then_lie_in_the_tomogram(tmp_path, unit_a, far):
+def test_coordinates_are_pixels_of_the_images_only_where_all_then_lie_in_the_tomogram(tmp_path, capsys, unit_a, far):
     """Warp counts pixels of the images (3 Å), RELION 4 those of the tilt series (1.5 Å); the tomogram is 600 Å deep."""
 
     def in_pixels(blocks, tomograms, tilts):
@@ -251,6 +251,34 @@ def test_coordinates_are_pixels_of_the_images_only_where_all_then_lie_in_the_tom
         read_particles(_relion_5(tmp_path / "b", in_pixels)),
     )
     np.testing.assert_allclose(one.ctf, other.ctf, rtol=1e-6)
+    (line,) = capsys.readouterr().err.splitlines()  # of the second: the first leaves nothing to choose
+    assert f"{tmp_path / 'b' / 'particles.star'}: rlnCoordinateX, Y, Z are taken for pixels of the" in line
+    assert ("pixels of the images" in line) == (unit_a == 3.0)
+    assert ("pixels of the tilt series" in line) == (unit_a == 1.5)
+
+
+def test_particles_of_tomograms_with_other_numbers_of_tilts_may_come_in_any_order(tmp_path):
+    def two(blocks, tomograms, tilts):
+        one = tomograms["global"]
+        tomograms["global"] = pd.concat([one, one.assign(rlnTomoName="TS_2", rlnTomoHand=1.0)])
+        tomograms["TS_2"] = tilts.iloc[[2, 0]].assign(rlnDefocusU=[5e3, 6e3])
+        particles = blocks["particles"]
+        other = particles.assign(rlnTomoName="TS_2", rlnTomoVisibleFrames=["[1,1]", "[0,1]"])
+        blocks["particles"] = pd.concat([other, particles]).iloc[[0, 2, 1, 3]]
+
+    def second(blocks, tomograms, tilts):
+        two(blocks, tomograms, tilts)
+        blocks["particles"] = blocks["particles"].query("rlnTomoName == 'TS_2'")
+
+    both = read_particles(_relion_5(tmp_path / "both", two))
+    first, other = read_particles(_relion_5(tmp_path / "a")), read_particles(_relion_5(tmp_path / "b", second))
+    assert both.source_index.tolist() == [0, 0, 1, 1, 1, 2, 3, 3]
+    assert both.tilt.tolist() == [[0, 2], [1, 2], [0, 3], [1, 3], [2, 3], [1, 2], [1, 3], [2, 3]]
+    assert other.ctf[:, 0].max() < 7e3 < first.ctf[:, 0].min()
+    for table, rows in ((first, [2, 3, 4, 6, 7]), (other, [0, 1, 5])):
+        np.testing.assert_array_equal(both.ctf[rows], table.ctf)
+        np.testing.assert_array_equal(both.rotations[rows], table.rotations)
+        np.testing.assert_array_equal(both.shifts_a[rows], table.shifts_a)
 
 
 def test_a_dose_with_a_b_factor_damps_the_ctf(tmp_path):
