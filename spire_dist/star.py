@@ -171,6 +171,7 @@ class Table:
             self._convert()
 
     def columns(self) -> Columns:
+        """All that was taken."""
         self._convert()
         return {label: np.concatenate(self.parts.pop(label)) for label in list(self.parts)}
 

@@ -275,7 +275,7 @@ def test_cells_with_quotes_blanks_and_hashes_come_back_as_they_were(cells, tmp_p
     def quoted(cell: str) -> str:
         return f'"{cell}"' if cell[0] in "\"'#_" or " " in cell else cell
 
-    cells = [(f"{a} {b}", b, number) for a, b, number in cells]
+    cells = [(f"{a}- {b}", b, number) for a, b, number in cells]  # a quote before a blank ends a cell: none can hold it
     lines = [f"{quoted(a)} {quoted(b)} {number!r}" for a, b, number in cells]
     text = "data_x\nloop_\n_rlnImageName\n_rlnMicrographName\n_rlnDefocusU\n" + "\n".join(lines)
     columns = _read(tmp_path_factory.mktemp("cells") / "a.star", text)
