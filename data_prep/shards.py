@@ -1,8 +1,9 @@
 """One shard of a begun store is one task: `write_shard` makes it from nothing but the store's own description.
 
-Called by `convert.py` in local processes and by `cluster.prep_jobs` anywhere else, always with the same bytes. A shard
-is written under a temporary name, flushed, renamed, and only then noted with its size and hash in `.prep/`. Two processes
-may make the same shard at once: they write the same bytes, each under its own temporary name.
+Called by `convert.py` in local processes and by `cluster.prep_jobs` anywhere else, with the same bytes on processors of one
+kind; others may round the last digit of a pixel differently. A shard is written under a temporary name, flushed, renamed,
+and only then noted with its size and hash in `.prep/`. Two processes may make the same shard at once, each under its own
+temporary name.
 """
 
 import hashlib
