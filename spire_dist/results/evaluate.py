@@ -23,10 +23,12 @@ from spire_dist.progress import progress
 from spire_dist.results import fsc
 from spire_dist.results.agreement import Agreement, parts_agreement
 from spire_dist.results.plots import plot_evaluation
-from spire_dist.results.runs import decode_in_batches
+from spire_dist.results.runs import decode_in_batches, input_rows
 from spire_dist.results.truth import Truth, open_truth, read_labels
 from spire_dist.training.run import FinishedRun, load_run
 
+Curves = dict[tuple[int, ...], NDArray]
+"""By conformation, or by the image's row of the input (`input_rows`): FSC [D/2]."""
 FOLDER = "evaluation"
 """Curves go to this folder of the run directory, numbers to `evaluation.json`, the picture to `evaluation.png`."""
 
@@ -59,12 +61,12 @@ def evaluate(
 
 def score(
     run: FinishedRun, truth_folder: Path, *, conformations: int | None = None, images: int = 100, masked: bool = True
-) -> tuple[dict, dict[str, dict[int, NDArray]]]:
-    """The numbers of `evaluate` (ready for JSON) and its curves, {"per_conformation/model_masked": {state: [D/2]}}."""
+) -> tuple[dict, dict[str, Curves]]:
+    """The numbers of `evaluate` (ready for JSON) and its curves, {"per_conformation/model_masked": {(state,): [D/2]}}."""
     if images < 0 or (conformations is not None and conformations < 1):
         raise ConfigError(f"conformations {conformations}, images {images}; give at least 1 and 0")
     truth = open_truth(truth_folder, run.box, run.pixel_size)
-    labels = read_labels(truth.folder, run.store.label, run.store.source_index)
+    labels = read_labels(truth.folder, run.store)
     if not 0 <= labels.min() <= labels.max() < len(truth.maps):
         found = f"labels {labels.min()} to {labels.max()}, but {len(truth.maps)} true maps"
         raise SourceError(f"{truth.folder}: {found}; there must be one map per label, from 0")
@@ -75,11 +77,13 @@ def score(
     rigid = {"consensus": _own_map(run), "average": truth.average(counts)}
 
     particles = nearest_to_means(run.latents, labels, states)
-    pairs = {int(state): (int(state), run.latents[row]) for state, row in zip(states, particles, strict=True)}
+    pairs = {(int(state),): (int(state), run.latents[row]) for state, row in zip(states, particles, strict=True)}
     curves = _curves(run, truth, pairs, masks, rigid, "per_conformation")
     if images:
-        rows = every_nth(run.store.source_index, images)
-        pairs = {int(run.store.source_index[row]): (int(labels[row]), run.latents[row]) for row in rows}
+        index = run.store.source_index
+        rows = every_nth(run.store.source * (index.max() + 1) + index, images)
+        keys = map(tuple, input_rows(run.store, rows))
+        pairs = {key: (int(labels[row]), run.latents[row]) for key, row in zip(keys, rows, strict=True)}
         curves |= _curves(run, truth, pairs, masks, {}, "per_image")
 
     result = {
@@ -92,7 +96,7 @@ def score(
         "ceiling": fsc.ceiling(run.box),
         "scores": {name: _summary(group) for name, group in curves.items()},
         "conformations": [int(s) for s in states],
-        "representatives": [int(i) for i in run.store.source_index[particles]],
+        "representatives": input_rows(run.store, particles),
     }
     if (truth.folder / "residues.npz").exists():
         result["parts"] = score_parts(run, truth_folder, conformations)
@@ -102,7 +106,7 @@ def score(
 def score_parts(run: FinishedRun, truth_folder: Path, conformations: int | None = None) -> Agreement:
     """Agreement of a run's parts (of either stage) with the groups of residues.npz, over the conformations."""
     truth = open_truth(truth_folder, run.box, run.pixel_size)
-    labels = read_labels(truth.folder, run.store.label, run.store.source_index)
+    labels = read_labels(truth.folder, run.store)
     states = spread(np.unique(labels), conformations)
     centres, amplitudes = decode_in_batches(run, run.latents[nearest_to_means(run.latents, labels, states)])
     return parts_agreement(centres, amplitudes, run.widths, run.parts, truth.residues(), states)
@@ -118,9 +122,9 @@ def nearest_to_means(latents: NDArray, labels: NDArray, states: NDArray) -> NDAr
     return np.array(rows)
 
 
-def every_nth(source_index: NDArray, images: int) -> NDArray[np.int64]:
-    """Rows of the benchmark's images: every (N // images)-th in the order of the input, so 101 of 335,240 for 100."""
-    order = np.argsort(source_index, kind="stable")
+def every_nth(place: NDArray, images: int) -> NDArray[np.int64]:
+    """Rows of the benchmark's images: every (N // images)-th by its `place` [N] in the input, so 101 of 335,240 for 100."""
+    order = np.argsort(place, kind="stable")
     return order[np.arange(0, len(order), max(1, len(order) // images))]
 
 
@@ -176,10 +180,10 @@ def _own_map(run: FinishedRun) -> NDArray:
     return volume
 
 
-def _curves(run: FinishedRun, truth: Truth, pairs: dict, masks: dict, rigid: dict, kind: str) -> dict[str, dict]:
+def _curves(run: FinishedRun, truth: Truth, pairs: dict, masks: dict, rigid: dict, kind: str) -> dict[str, Curves]:
     """Benchmark curves of the model, and of rigid maps, against the truth of each pair key -> (state, latent)."""
     fixed = {(name, m): fsc.spectrum(volume, mask) for name, volume in rigid.items() for m, mask in masks.items()}
-    curves: dict[str, dict[int, NDArray]] = {f"{kind}/{name}_{m}": {} for name in ("model", *rigid) for m in masks}
+    curves: dict[str, Curves] = {f"{kind}/{name}_{m}": {} for name in ("model", *rigid) for m in masks}
     true_state, true_spectra = -1, {}
     for key, (state, z) in progress(pairs.items(), kind.replace("_", " "), total=len(pairs), unit="map"):
         if state != true_state:
@@ -193,7 +197,7 @@ def _curves(run: FinishedRun, truth: Truth, pairs: dict, masks: dict, rigid: dic
     return curves
 
 
-def _summary(curves: dict[int, NDArray]) -> dict:
+def _summary(curves: Curves) -> dict:
     areas = [fsc.auc(curve) for curve in curves.values()]
     return {
         "mean": float(np.mean(areas)),
@@ -206,8 +210,8 @@ def _summary(curves: dict[int, NDArray]) -> dict:
     }
 
 
-def _save_curves(folder: Path, curves: dict[str, dict[int, NDArray]]) -> None:
+def _save_curves(folder: Path, curves: dict[str, Curves]) -> None:
     for name, group in curves.items():
         (folder / name).mkdir(parents=True)
         for key, curve in group.items():
-            fsc.save_curve(folder / name / f"{key:06d}.txt", curve)
+            fsc.save_curve(folder / name / f"{'-'.join(f'{part:06d}' for part in key)}.txt", curve)

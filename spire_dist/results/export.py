@@ -3,10 +3,11 @@
     volumes/*.mrc         maps along a path, at cluster centres, at particles, at given latents, and the consensus;
                           origin 0 as RELION's and cryoSPARC's, middle of the box at voxel D // 2: they lie on the
                           input map and on models fitted to it
-    volumes.csv           latent of every map, and the input row of the particle nearest to it
+    volumes.csv           latent of every map, and the input row of the particle nearest to it (and of several files which)
     latents.npy .csv      [N, L] in store order; the table in the input's order, with the input row
     parts.cif parts.cxc   Gaussians along the path as pseudo-atoms (chain = part), and a ChimeraX script that shows all
-    particles.star        the input's own rows with the latents as extra columns (particles-1.star ... of several files)
+    particles.star        the input's own rows with the latents as extra columns (particles-1.star ... of several files);
+                          where the input is no STAR file, the images in the store: rows that it left out are not there
 
 Every file appears whole or not at all.
 """
@@ -51,15 +52,15 @@ def export(
     path       maps along `loop` (a closed curve through the data), `axis-1`, `axis-2`, ... (straight, 5th to 95th
                percentile) or a file of points to go through; None: no path.  frames: how many maps on it
     clusters   also maps at this many k-means centres (each at the nearest particle)
-    particles  also maps at these particles, by row in the input file (from 0)
+    particles  also maps at these particles, by row in the input file (from 0); not for a store of several files
     latents    also maps at the latents of a .npy or text file
-    atoms      write parts.cif and parts.cxc;  star: write particles.star (needs the input; None: where it is there)
+    atoms      write parts.cif and parts.cxc
+    star       write particles.star; a STAR input must be there and unchanged, or nothing at all is written. None: write
+               it where the input is there; one that has changed is refused (`SourceError`) when all else is written
     source     the particle files the store was made from, in its order, where they have moved
     """
     run = load_run(run) if isinstance(run, Path) else run
     given = [source] if isinstance(source, Path) else list(source)
-    if star is None:
-        star = all(path.is_file() for path in given or run.store.sources)
     particle_files = source_paths(run.store, given) if star else []
     wanted: dict[str, NDArray] = {}
     if path is not None:
@@ -92,6 +93,8 @@ def export(
     written += _write_latents(run, out)
     if atoms:
         written += _write_atoms(run, out, wanted, level)
+    if star is None and all(path.is_file() for path in given or run.store.sources):
+        particle_files = source_paths(run.store, given)
     return written + write_all_particles(out, particle_files, run.store, run.latents)
 
 
@@ -100,6 +103,9 @@ def _numbered(name: str, points: NDArray) -> dict[str, NDArray]:
 
 
 def _store_row(run: FinishedRun, source_row: int) -> int:
+    if len(run.store.sources) > 1:
+        held = f"{run.store.path} holds particles of {len(run.store.sources)}"
+        raise ConfigError(f"particles: row {source_row} of which file? {held}; give their latents in a file instead")
     found = np.flatnonzero(run.store.source_index == source_row)
     if not len(found):
         last = int(run.store.source_index.max())
@@ -111,9 +117,11 @@ def _write_volume_table(path: Path, run: FinishedRun, wanted: dict[str, NDArray]
     points = np.stack(list(wanted.values()))
     squared = np.stack([((run.latents - z) ** 2).sum(axis=1) for z in points])
     nearest = squared.argmin(axis=1)
+    source = {"nearest_source": run.store.source[nearest] + 1} if len(run.store.sources) > 1 else {}
     table = pd.DataFrame(
         {"map": [f"volumes/{name}.mrc" for name in wanted]}
         | {f"z{i + 1}": column for i, column in enumerate(points.T)}
+        | source
         | {"nearest_source_row": run.store.source_index[nearest], "distance": np.sqrt(squared.min(axis=1))}
     )
     with replacing(path) as partial:

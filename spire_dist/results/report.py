@@ -28,7 +28,7 @@ from spire_dist.results import fsc, plots, surfaces
 from spire_dist.results.agreement import displacement, variable_share
 from spire_dist.results.latent_paths import named_path, principal
 from spire_dist.results.pseudo_atoms import chain_names, part_colour
-from spire_dist.results.runs import decode_in_batches, read_json, read_metrics
+from spire_dist.results.runs import decode_in_batches, input_rows, read_json, read_metrics
 from spire_dist.training.run import FinishedRun, load_run
 
 FRAME_MS = 90
@@ -270,7 +270,10 @@ def _particles(run: FinishedRun, seed: int) -> dict:
     return {
         name: _data_uri(plots.grey_png(list(sheet), len(rows), *_range(sheet), zoom), "png")
         for name, sheet in sheets.items()
-    } | {"rows": run.store.source_index[rows].tolist(), "smoothing_a": LOW_PASS_PX * run.pixel_size}
+    } | {
+        "rows": [" of file ".join(map(str, row[::-1])) for row in input_rows(run.store, rows)],
+        "smoothing_a": LOW_PASS_PX * run.pixel_size,
+    }
 
 
 def _range(images) -> tuple[float, float]:

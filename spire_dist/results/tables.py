@@ -1,36 +1,48 @@
-"""The input's own particle file with the latents beside every row: STAR or .cs in, STAR out. Used by export.
+"""The particles with their latents, as STAR. Used by export.
 
 RELION 3.1 to 5 warn of a label they do not know ("will ignore (but maintain) values for the unknown label"), keep its
-column and write it out again, so `_rlnSpireLatent1` ... survive a selection or a refinement there. All else of a STAR
-file is copied line by line: every block, comment and row in its order, numbers to the last digit.
+column and write it out again, so `_rlnSpireLatent1` ... survive a selection or a refinement there. All else of an input
+that is a STAR file is copied line by line: every block, comment and row in its order, numbers to the last digit. Of all
+other inputs (.cs, .csg, stacks) the images in the store are listed: their stack, slice, latents and cryoSPARC's uid.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
-import starfile
 from numpy.typing import NDArray
 
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.files import replacing
-from spire_dist.star import is_heading, read_blocks, split_cells
+from spire_dist.star import read_blocks, walk
 
 LATENT_LABEL = "rlnSpireLatent"
 """Followed by 1, 2, ...; RELION's labels start with rln, so that its column reader and every STAR tool take it."""
 
 
 def source_paths(store: ParticleStore, given: Sequence[Path] = ()) -> list[Path]:
-    """The particle files the store was made from, or `given` in their order where they have moved; all must exist."""
+    """The particle files the store was made from, or `given` in their order where they have moved.
+
+    Those that are STAR files must be there, and as they were: another row order would give each latent to another particle.
+    """
     if given and len(given) != len(store.sources):
         raise ConfigError(f"source: {len(given)} files for a store made of {len(store.sources)}; give one for each")
     paths = list(given or store.sources)
-    for path in paths:
+    recorded = [entry for entry in store.attributes["inputs"] if entry["role"] == "particles"]
+    for path, entry in zip(paths, recorded, strict=True):
+        if not _is_star(path):
+            continue
         if not path.is_file():
             raise SourceError(f"{path}: the particles' own file is not there; name its new place with --source")
+        with open(path, "rb") as file:
+            found = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        if any(found[key] != entry[key] for key in found):
+            was, now = (f"{one['bytes']} bytes, sha256 {one['sha256'][:12]}" for one in (entry, found))
+            raise SourceError(f"{path}: has changed since the store was made of it ({was}; now {now}); name an unchanged "
+                              "copy with --source, or leave out the STAR")  # fmt: skip
     return paths
 
 
@@ -43,37 +55,51 @@ def write_all_particles(out: Path, sources: list[Path], store: ParticleStore, la
     )
     for number, (name, source) in enumerate(zip(names, sources, strict=True)):
         of = np.flatnonzero(store.source == number)
-        if source.suffix.lower() in (".star", ".cs"):
+        if _is_star(source):
             write_particles(name, source, latents[of], store.source_index[of])
         else:
             _write_images(name, store, of, latents)
     return names
 
 
+def _is_star(path: Path) -> bool:
+    return path.suffix.lower() == ".star"
+
+
 def _write_images(path: Path, store: ParticleStore, of: NDArray[np.int64], latents: NDArray) -> None:
-    """STAR of the images `of` a store whose particle file is no table of its own (a .csg, a list of stacks, a stack)."""
+    """STAR of the images `of` a store, in the order of their particle file."""
     of = of[np.argsort(store.source_index[of], kind="stable")]
     stacks = [stack["path"] for stack in store.read_stacks()]
-    table: dict[str, Any] = {"rlnImageName": [f"{store.slice[i] + 1:06d}@{stacks[store.stack[i]]}" for i in of]}
-    if store.uid is not None:
-        table["spireCryosparcUid"] = [str(uid) for uid in store.uid[of]]
-    with replacing(path) as partial:
-        starfile.write({"particles": pd.DataFrame(table | _latent_columns(latents[of]))}, partial)
+    uid = [] if store.uid is None else ["_spireCryosparcUid"]
+    with replacing(path) as partial, open(partial, "wb") as out:
+        heading = "".join(
+            f"{label} #{i + 1}\n" for i, label in enumerate(["_rlnImageName", *uid, *_latent_labels(latents)])
+        )
+        out.write(f"data_particles\n\nloop_\n{heading}".encode())
+        for row in of:
+            name = f"{store.slice[row] + 1:06d}@{stacks[store.stack[row]]}"
+            cell = f'"{name}"' if len(name.split()) > 1 else name
+            number = b"" if store.uid is None else b" %d" % store.uid[row]
+            out.write(cell.encode(errors="surrogateescape") + number + _cells(latents[row]) + b"\n")
 
 
-def _latent_columns(latents: NDArray) -> dict[str, list[str]]:
-    """Label -> values, as text, of latents [rows, L]."""
-    return {f"{LATENT_LABEL}{i + 1}": [f"{value:.7g}" for value in column] for i, column in enumerate(latents.T)}
+def _latent_labels(latents: NDArray) -> list[str]:
+    """The labels of latents [rows, L]."""
+    return [f"_{LATENT_LABEL}{i + 1}" for i in range(latents.shape[1])]
+
+
+def _cells(latent: NDArray) -> bytes:
+    """A latent [L] as cells of a row, a blank before each."""
+    return b"".join(b" %.7g" % value for value in latent)
 
 
 def write_particles(path: Path, source: Path, latents: NDArray, source_index: NDArray) -> None:
-    """Write the rows of `source` (STAR or .cs) as STAR with the latents [N, L] of the store; rows in = rows out.
+    """Copy the STAR file `source` with the latents [N, L] of the store; rows in = rows out.
 
     source_index  [N], the input row of each latent; tilts of one particle share theirs, and it gets their mean; a row
                   that the store left out gets `nan`
     """
-    from_cs = _cs_table(source) if source.suffix.lower() == ".cs" else None
-    name, count = _particle_block(source) if from_cs is None else ("particles", len(from_cs))
+    name, count = _particle_block(source)
     if source_index.size and source_index.max() >= count:
         raise SourceError(
             f"{source}: {count} particles, the store refers to row {source_index.max()}; it has changed since"
@@ -81,13 +107,8 @@ def write_particles(path: Path, source: Path, latents: NDArray, source_index: ND
     means, rows, _ = _per_particle(latents, source_index)
     columns = np.full((count, latents.shape[1]), np.nan, dtype=np.float32)
     columns[rows] = means
-    with replacing(path) as partial:
-        if from_cs is None:
-            with open(source, "rb") as file, open(partial, "wb") as out:
-                _copy_with_latents(file, out, name.encode(errors="surrogateescape"), columns)
-        else:
-            added = pd.DataFrame(_latent_columns(columns))
-            starfile.write({name: pd.concat([from_cs, added], axis=1)}, partial)
+    with replacing(path) as partial, open(partial, "wb") as out:
+        out.writelines(_with_latents(source, name, columns))
 
 
 def write_latents_csv(path: Path, store: ParticleStore, latents: NDArray) -> None:
@@ -130,48 +151,32 @@ def _particle_block(path: Path) -> tuple[str, int]:
     return name, len(blocks[name]["rlnImageName"])
 
 
-def _copy_with_latents(lines: BinaryIO, out: BinaryIO, block: bytes, latents: NDArray[np.float32]) -> None:
-    """Copy a STAR file with the latents [rows, L] at the end of the rows of a block, in place of such columns there."""
-    rows: Iterator[NDArray[np.float32]] = iter(latents)
-    inside = in_loop = in_rows = False
-    labels = 0
+def _with_latents(source: Path, block: str, latents: NDArray[np.float32]) -> Iterator[bytes]:
+    """The lines of a STAR file with the latents [rows, L] at the end of a block's rows, in place of such columns there."""
+    rows, labels = iter(latents), _latent_labels(latents)
+    changed = SourceError(f"{source}: changed while it was copied; export again")
     dropped: set[int] = set()
-    for line in lines:
-        cells = split_cells(line, quoted=True)
-        if is_heading(cells):
-            inside, in_loop, in_rows = cells[0][5:] == block, False, False
-        if not inside or not cells or not in_loop:
-            out.write(line)
-            in_loop = inside and (in_loop or cells == [b"loop_"])
-        elif not in_rows and cells[0].startswith(b"_"):
-            if cells[0].startswith(f"_{LATENT_LABEL}".encode()):
-                dropped.add(labels)
-            else:
-                out.write(b"%s #%d\n" % (cells[0], labels - len(dropped) + 1))
-            labels += 1
-        else:
-            if not in_rows:
-                first = labels - len(dropped) + 1
-                out.writelines(
-                    b"_%s%d #%d\n" % (LATENT_LABEL.encode(), i + 1, first + i) for i in range(latents.shape[1])
-                )
-                in_rows = True
+    has_labels = False
+    for _, line, cells, table, is_row in walk(source, {}, quoted=True):
+        if table is None or table.name != block or not (is_row or (cells and cells[0].startswith(b"_"))):
+            yield line
+            continue
+        if (is_row or not table.is_loop) and not has_labels:
+            if table.is_loop:
+                first = len(table.labels) - len(dropped) + 1
+                yield from (f"{label} #{first + i}\n".encode() for i, label in enumerate(labels))
+            elif (row := next(rows, None)) is not None:  # a table of one row: each label with its value
+                yield from (b"%s %.7g\n" % (label.encode(), value) for label, value in zip(labels, row, strict=True))
+            has_labels = True
+        if is_row:
+            if (row := next(rows, None)) is None:
+                raise changed
             as_it_is = not dropped and b"#" not in line
             kept = line.rstrip() if as_it_is else b" ".join(cell for i, cell in enumerate(cells) if i not in dropped)
-            out.write(kept + b"".join(b" %.7g" % value for value in next(rows)) + b"\n")
-
-
-def _cs_table(path: Path) -> pd.DataFrame:
-    """The rows of a .cs file as STAR columns: the image in its stack (from 1, as RELION counts) and the uid."""
-    try:
-        rows = np.load(path, allow_pickle=False)
-        paths, indices = rows["blob/path"], rows["blob/idx"]
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{path}: not a .cs file with blob/path and blob/idx ({str(error).splitlines()[0]})"
-        ) from error
-    names = [f"{index + 1:06d}@{stack.decode().lstrip('>')}" for stack, index in zip(paths, indices, strict=True)]
-    table: dict[str, Any] = {"rlnImageName": names}
-    if "uid" in (rows.dtype.names or ()):
-        table["spireCryosparcUid"] = [str(uid) for uid in rows["uid"]]
-    return pd.DataFrame(table)
+            yield kept + _cells(row) + b"\n"
+        elif cells[0].startswith(f"_{LATENT_LABEL}".encode()):
+            dropped.add(len(table.labels) - 1)
+        else:
+            yield b"%s #%d\n" % (cells[0], len(table.labels) - len(dropped)) if table.is_loop else line
+    if next(rows, None) is not None:
+        raise changed

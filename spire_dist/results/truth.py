@@ -14,6 +14,7 @@ import scipy.fft
 from numpy.typing import NDArray
 
 from spire_dist import numpy_pickle
+from spire_dist.data.store import ParticleStore
 from spire_dist.errors import SourceError
 from spire_dist.maps import read_map
 
@@ -112,11 +113,14 @@ def open_truth(folder: Path, box: int, pixel_size: float) -> Truth:
     return Truth(folder, maps, own_box, box, own_pixel * own_box / box)
 
 
-def read_labels(folder: Path, store_label: NDArray | None, source_index: NDArray) -> NDArray[np.int64]:
+def read_labels(folder: Path, store: ParticleStore) -> NDArray[np.int64]:
     """The conformation of each particle [N], in store order: the store's own labels, or gt_latents.pkl by input row."""
-    if store_label is not None:
-        return np.asarray(store_label, dtype=np.int64)
-    path = folder / "gt_latents.pkl"
+    if store.label is not None:
+        return np.asarray(store.label, dtype=np.int64)
+    path, source_index = folder / "gt_latents.pkl", store.source_index
+    if len(store.sources) > 1:
+        held = f"{store.path} holds particles of {len(store.sources)}"
+        raise SourceError(f"{path}: labels of which file? {held} and has no labels; merge stores that have them")
     if not path.exists():
         raise SourceError(f"{path}: no such file, and the store has no labels; give the conformation of each particle")
     labels = np.asarray(numpy_pickle.load(path)).squeeze()

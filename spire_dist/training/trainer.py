@@ -144,8 +144,10 @@ def train_stage(
 
 
 def _not_finite(trainee: Trainee, batch: Batch, source: BatchSource) -> str:
-    rows = source.store.source_index[batch.rows.cpu().numpy()] + 1
+    store, rows = source.store, batch.rows.cpu().numpy()
+    number = store.source[rows[0]]
+    rows = store.source_index[rows[store.source[rows] == number]] + 1
     return (
         f"stage {trainee.stage}, step {trainee.step}: the loss is not finite; the batch holds rows {rows[:8].tolist()}... of "
-        f"the input, counted from 1; start a new --run with lower stage{trainee.stage}.rates"
+        f"{store.sources[number]}, counted from 1; start a new --run with lower stage{trainee.stage}.rates"
     )

@@ -1,7 +1,9 @@
 """A stand-in for a finished run: a body of Gaussians with an arm that turns with z, and the truth it was drawn from."""
 
+import hashlib
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +69,7 @@ def make_standin(folder: Path, noise: float = 0.05) -> StandIn:
         path=folder / "particles.zarr", box=BOX, pixel_size=PIXEL_SIZE, count=count, rotations=rotations,
         shifts=rng.uniform(-20, 20, (count, 2)).astype(np.float32), ctf=ctf, source_index=source_index, label=None,
         source=np.zeros(count, dtype=np.int32), sources=[star],
-        attributes={"inputs": [{"path": str(star)}]},
+        attributes={},
         read=lambda rows: np.random.default_rng(1).normal(size=(len(rows), BOX, BOX)).astype(np.float32),
     )  # fmt: skip
     run = StandIn(
@@ -77,6 +79,7 @@ def make_standin(folder: Path, noise: float = 0.05) -> StandIn:
         parts=np.repeat([0, 1], [60, 30]), box=BOX, pixel_size=PIXEL_SIZE,
     )  # fmt: skip
     write_truth(truth, run, np.repeat(np.arange(STATES), IMAGES))
+    store.attributes["inputs"] = [as_recorded(star)]
     ring = 2 * np.pi * np.arange(STATES) / STATES
     average = np.mean([run.volume(np.array([np.cos(a), np.sin(a), 0])) for a in ring], axis=0)
     write_map(run.consensus, average, PIXEL_SIZE)
@@ -88,6 +91,13 @@ def make_standin(folder: Path, noise: float = 0.05) -> StandIn:
         )
     write_run_files(run_folder)
     return run
+
+
+def as_recorded(path: Path) -> dict[str, str | int]:
+    """A particle file, as a store's attribute `inputs` lists it."""
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return {"role": "particles", "path": str(path), "bytes": len(content), "sha256": digest}
 
 
 def write_truth(truth: Path, run: StandIn, labels: NDArray) -> None:
@@ -127,3 +137,8 @@ def write_run_files(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def standin(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
     return make_standin(tmp_path_factory.mktemp("standin"))
+
+
+@pytest.fixture
+def recorded() -> Callable[[Path], dict[str, str | int]]:
+    return as_recorded

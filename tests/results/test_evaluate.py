@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_consensus_that_is_the_average_scores_as_the_averaged_truth(scored):
 def test_scores_are_those_of_the_maps_at_the_image_nearest_to_each_mean(standin):
     folder = standin.directory.parent / "truth"
     result, _ = evaluate.score(standin, folder, images=0, masked=False)
-    labels = truth.read_labels(folder, None, standin.store.source_index)
+    labels = truth.read_labels(folder, standin.store)
     expected = []
     for state in range(6):
         members = np.flatnonzero(labels == state)
@@ -62,8 +63,34 @@ def test_per_image_score_takes_every_nth_row_of_the_input():
 
 
 def test_labels_follow_the_source_row_of_each_particle(standin):
-    labels = truth.read_labels(standin.directory.parent / "truth", None, standin.store.source_index)
+    labels = truth.read_labels(standin.directory.parent / "truth", standin.store)
     np.testing.assert_array_equal(labels, standin.store.source_index // 20)
+
+
+@pytest.fixture
+def of_two_files(standin):
+    """The stand-in as if its particles came from two files: rows 0 to 59 of each."""
+    index = standin.store.source_index
+    two = SimpleNamespace(**vars(standin.store) | {
+        "sources": [*standin.store.sources, standin.directory / "second.star"], "label": index // 20,
+        "source": (index >= 60).astype(np.int32), "source_index": index % 60,
+    })  # fmt: skip
+    return dataclasses.replace(standin, store=two)
+
+
+def test_images_of_equal_rows_of_two_files_are_scored_apart(of_two_files):
+    folder = of_two_files.directory.parent / "truth"
+    result, curves = evaluate.score(of_two_files, folder, images=12, masked=False)
+    keys = [(1, row) for row in range(0, 60, 10)] + [(2, row) for row in range(0, 60, 10)]
+    assert list(curves["per_image/model_unmasked"]) == keys
+    assert result["scores"]["per_image/model_unmasked"]["count"] == 12
+    assert [file for file, _ in result["representatives"]] == [1, 1, 1, 2, 2, 2]
+
+
+def test_labels_by_row_are_refused_where_rows_are_of_several_files(of_two_files, refusal):
+    of_two_files.store.label = None
+    words = ["gt_latents.pkl", "which file", "of 2"]
+    refusal(SourceError, words, lambda: evaluate.score(of_two_files, of_two_files.directory.parent / "truth"))
 
 
 def test_files_are_written_and_repeat_the_numbers(standin, monkeypatch):

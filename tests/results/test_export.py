@@ -1,6 +1,8 @@
 """What export writes is read back by the libraries of the field: mrcfile, starfile, gemmi, pandas."""
 
+import dataclasses
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import gemmi
@@ -15,6 +17,7 @@ from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.results import tables
 from spire_dist.results.export import export
+from spire_dist.star import read_blocks
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +117,64 @@ def test_rows_left_out_of_the_store_stay_in_the_star_without_a_latent(standin, t
     assert (len(column), column[0], column[5], column.isna().sum()) == (120, 2, 1, 118)
 
 
-def test_cs_file_becomes_a_star_with_images_counted_from_one(tmp_path):
-    rows = np.zeros(2, dtype=[("uid", "u8"), ("blob/path", "S20"), ("blob/idx", "u4")])
-    rows["uid"], rows["blob/path"], rows["blob/idx"] = [2**63 + 5, 7], [b">J1/a.mrc", b"J1/b.mrc"], [0, 41]
-    with open(tmp_path / "p.cs", "wb") as file:
+UIDS = np.arange(70, dtype=np.uint64) + 2**63
+CS_COLUMNS = {
+    "uid": UIDS,
+    "blob/path": np.array([b">stacks/part00.mrcs"] * 60 + [b"stacks/part01.mrcs"] * 10),
+    "blob/idx": np.r_[0:60, 0:10].astype(np.uint32),
+    "blob/psize_A": np.full(70, 2, dtype=np.float32),
+    "alignments3D/pose": np.zeros((70, 3), dtype=np.float32),
+    "alignments3D/shift": np.zeros((70, 2), dtype=np.float32),
+    "alignments3D/psize_A": np.full(70, 2, dtype=np.float32),
+}
+
+
+def write_cs(path: Path, columns: dict[str, np.ndarray]) -> Path:
+    rows = np.zeros(70, dtype=[(name, values.dtype, values.shape[1:]) for name, values in columns.items()])
+    for name, values in columns.items():
+        rows[name] = values
+    with open(path, "wb") as file:
         np.save(file, rows)
-    tables.write_particles(tmp_path / "p.star", tmp_path / "p.cs", np.float32([[1], [2]]), np.array([0, 1]))
-    text = (tmp_path / "p.star").read_text()
-    table = starfile.read(tmp_path / "p.star", parse_as_string=["spireCryosparcUid"])
-    assert table["rlnImageName"].tolist() == ["000001@J1/a.mrc", "000042@J1/b.mrc"]
-    assert table["spireCryosparcUid"].tolist() == [str(2**63 + 5), "7"]
-    assert "_rlnSpireLatent1 #3" in text
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Stored array in format 2.0")
+@pytest.mark.parametrize("kind", ["usual", "passthrough first", "long header", "wide text"])
+def test_every_cs_file_that_prep_reads_becomes_a_star_of_its_images(tmp_path, write_particles, kind):
+    folder = write_particles(tmp_path / "in").parent
+    columns, passthrough = dict(CS_COLUMNS), []
+    if kind == "passthrough first":
+        blob = {name: columns.pop(name)[::-1] for name in list(columns) if name.startswith("blob")}
+        passthrough = [write_cs(folder / "blob.cs", {"uid": UIDS[::-1]} | blob)]
+    elif kind == "long header":
+        columns |= {f"alignments_class_{i:03d}/cross_cor": np.zeros(70, dtype=np.float32) for i in range(400)}
+    elif kind == "wide text":
+        columns["blob/path"] = columns["blob/path"].astype(str)
+    cs = write_cs(folder / "particles.cs", columns)
+    options = {"passthrough": passthrough, "no_ctf": True, "sign": "+", "workers": 1}
+    store = ParticleStore.open(prepare(cs, tmp_path / "store", **options))
+    latents = np.stack([store.source_index, store.stack], axis=1).astype(np.float32)
+    (tmp_path / "in/particles.cs").unlink()  # nothing is read from it again
+    [path] = tables.write_all_particles(tmp_path, tables.source_paths(store), store, latents)
+    written = starfile.read(path, parse_as_string=["spireCryosparcUid"])
+    names = [f"{i + 1:06d}@{folder}/stacks/part{stack}.mrcs" for stack, n in (("00", 60), ("01", 10)) for i in range(n)]
+    assert written["rlnImageName"].tolist() == names
+    assert written["spireCryosparcUid"].tolist() == [str(uid) for uid in UIDS]
+    assert written["rlnSpireLatent1"].tolist() == list(range(70))
+
+
+def test_stacks_with_blanks_or_other_letters_in_their_names_are_written(tmp_path):
+    stacks = [{"path": "/my dir/a.mrcs"}, {"path": "/\udcff/\u00e5.mrcs"}]
+    store = SimpleNamespace(
+        sources=[Path("a.cs")], source=np.array([0, 0]), source_index=np.array([1, 0]), stack=np.array([0, 1]),
+        slice=np.array([3, 4]), uid=None, read_stacks=lambda: stacks,
+    )  # fmt: skip
+    [path] = tables.write_all_particles(tmp_path, store.sources, store, np.float32([[1], [2]]))
+    rows = path.read_bytes().splitlines()[-2:]
+    assert rows == [b"000005@/\xff/\xc3\xa5.mrcs 2", b'"000004@/my dir/a.mrcs" 1']
+    assert read_blocks(path, {"rlnImageName": str})["particles"]["rlnImageName"].tolist() == [
+        "000005@/\udcff/\u00e5.mrcs", "000004@/my dir/a.mrcs"
+    ]  # fmt: skip
 
 
 def test_a_star_is_copied_to_the_byte_but_for_the_latents(tmp_path):
@@ -145,6 +195,39 @@ def test_a_star_is_copied_to_the_byte_but_for_the_latents(tmp_path):
     assert again.count("_rlnSpireLatent1 #3") == 1
 
 
+def test_latents_reach_the_rows_however_the_table_is_written(tmp_path):
+    latents, order = np.float32([[1, 2.5], [3, 4]]), np.array([0, 1])
+    usual = "data_particles\n\nloop_\n_rlnImageName #1\n_rlnOriginX #2\n1@a.mrcs 0.5\n_2@a.mrcs 1e-3\n"
+    source, out = tmp_path / "in.star", tmp_path / "out.star"
+    for text in (usual, usual.replace("loop_", "LOOP_"), "\ufeff" + usual, usual.replace("data_", "DATA_")):
+        source.write_text(text)
+        tables.write_particles(out, source, latents, order)
+        columns = read_blocks(out, dict.fromkeys(["rlnSpireLatent1", "rlnSpireLatent2"], float))["particles"]
+        assert [column.tolist() for column in columns.values()] == [[1, 3], [2.5, 4]]
+        assert out.read_text().endswith("1@a.mrcs 0.5 1 2.5\n_2@a.mrcs 1e-3 3 4\n")
+
+
+def test_a_table_of_one_row_without_loop_takes_its_latents_as_pairs(tmp_path):
+    source, out, again = tmp_path / "in.star", tmp_path / "out.star", tmp_path / "again.star"
+    source.write_text("data_optics\n_rlnVoltage 300\n\ndata_particles\n\n_rlnImageName 1@a.mrcs\n_rlnOriginX 0.5\n")
+    tables.write_particles(out, source, np.float32([[1, 2.5]]), np.array([0]))
+    assert starfile.read(out, always_dict=True)["particles"] == {
+        "rlnSpireLatent1": 1, "rlnSpireLatent2": 2.5, "rlnImageName": "1@a.mrcs", "rlnOriginX": 0.5
+    }  # fmt: skip
+    tables.write_particles(again, out, np.float32([[7]]), np.array([0]))
+    assert again.read_text() == source.read_text().replace("_rlnImageName", "_rlnSpireLatent1 7\n_rlnImageName")
+
+
+def test_a_star_that_grows_or_shrinks_while_it_is_copied_is_refused(tmp_path, refusal, monkeypatch):
+    source, out = tmp_path / "in.star", tmp_path / "out.star"
+    source.write_text("data_particles\nloop_\n_rlnImageName\n1@a.mrcs\n2@a.mrcs\n")
+    for count in (1, 3):
+        monkeypatch.setattr(tables, "_particle_block", lambda _, count=count: ("particles", count))
+        refusal(SourceError, ["in.star", "changed"],
+                lambda: tables.write_particles(out, source, np.float32([[1]]), np.array([0])))  # fmt: skip
+        assert not out.exists()
+
+
 def test_the_tilts_of_a_particle_give_it_their_mean(tmp_path):
     source = tmp_path / "in.star"
     starfile.write({"particles": pd.DataFrame({"rlnImageName": ["a.mrcs", "b.mrcs", "c.mrcs"]})}, source)
@@ -155,13 +238,14 @@ def test_the_tilts_of_a_particle_give_it_their_mean(tmp_path):
     np.testing.assert_allclose(table["rlnSpireLatent2"], [2, np.nan, 10 / 3], rtol=1e-6)
 
 
-def test_a_store_of_several_files_gives_each_its_own_star(tmp_path):
+def test_a_store_of_several_files_gives_each_its_own_star(tmp_path, recorded):
     files = [tmp_path / "a.star", tmp_path / "b.star"]
     for path in files:
         starfile.write({"particles": pd.DataFrame({"rlnImageName": ["1@a.mrcs", "2@a.mrcs"]})}, path)
     store = SimpleNamespace(
-        sources=files, source=np.array([1, 0, 1, 0]), source_index=np.array([0, 1, 1, 0]), label=np.array([5, 6, 7, 8])
-    )
+        sources=files, source=np.array([1, 0, 1, 0]), source_index=np.array([0, 1, 1, 0]), label=np.array([5, 6, 7, 8]),
+        attributes={"inputs": [recorded(path) for path in files]},
+    )  # fmt: skip
     latents = np.float32([[10], [20], [30], [40]])
     written = tables.write_all_particles(tmp_path, tables.source_paths(store), store, latents)
     assert [path.name for path in written] == ["particles-1.star", "particles-2.star"]
@@ -181,6 +265,46 @@ def test_input_that_moved_is_named_before_anything_is_written(standin, tmp_path)
     ):
         export(standin, tmp_path / "out", source=tmp_path / "gone.star")
     assert not (tmp_path / "out").exists()
+
+
+def test_input_that_changed_is_refused_and_an_equal_copy_is_not(standin, tmp_path, refusal):
+    source = standin.store.sources[0]
+    lines = source.read_text().splitlines(keepends=True)
+    equal, swapped, longer = (tmp_path / f"{name}.star" for name in ("equal", "swapped", "longer"))
+    equal.write_text("".join(lines))
+    swapped.write_text("".join([*lines[:-2], lines[-1], lines[-2]]))
+    longer.write_text("".join([*lines, lines[-1]]))
+    for changed in (swapped, longer):
+        words = [changed.name, "has changed", "--source", f"{source.stat().st_size} bytes"]
+        refusal(SourceError, words, lambda changed=changed: export(standin, tmp_path / "out", source=changed))
+        assert not (tmp_path / "out").exists()
+    assert tables.source_paths(standin.store, [equal]) == [equal]
+
+
+def test_all_but_the_star_is_written_where_the_input_has_changed_meanwhile(standin, tmp_path, refusal):
+    changed, out = tmp_path / "changed.star", tmp_path / "out"
+    changed.write_text(standin.store.sources[0].read_text() + "\n")
+    refusal(SourceError, ["has changed"], lambda: export(standin, out, frames=2, star=None, source=changed))
+    assert {path.name for path in out.iterdir()} == {
+        "volumes", "volumes.csv", "latents.npy", "latents.csv", "parts.cif", "parts.cxc"
+    }  # fmt: skip
+    written = export(standin, tmp_path / "gone", frames=2, star=None, source=tmp_path / "gone.star")
+    assert "particles.star" not in {path.name for path in written}
+
+
+def test_rows_of_several_files_are_told_apart_or_refused(standin, tmp_path, refusal):
+    index = standin.store.source_index
+    two = SimpleNamespace(**vars(standin.store) | {
+        "sources": [*standin.store.sources, Path("b.star")], "source": (index >= 60).astype(np.int32),
+        "source_index": index % 60,
+    })  # fmt: skip
+    run = dataclasses.replace(standin, store=two)
+    refusal(ConfigError, ["row 7", "which file", "2"],
+            lambda: export(run, tmp_path / "out", particles=[7], star=False))  # fmt: skip
+    np.save(tmp_path / "points.npy", standin.latents[index == 67])
+    export(run, tmp_path / "out", path=None, latents=tmp_path / "points.npy", star=False, atoms=False)
+    [row] = pd.read_csv(tmp_path / "out/volumes.csv").to_dict("records")
+    assert (row["nearest_source"], row["nearest_source_row"]) == (2, 7)
 
 
 def test_input_with_fewer_rows_than_the_store_is_refused(standin, tmp_path):
