@@ -300,8 +300,14 @@ def train(
             train_run(loaded, run, blocks)
     else:
         train_run(loaded, run)
-    export(run, run, frames=loaded.output.volumes, star=None)
+    refused = None
+    try:
+        export(run, run, frames=loaded.output.volumes, star=None)
+    except SpireError as error:  # such as particles' own file that has changed: the report can do without
+        refused = error
     print(f"{write_report(run)}: the report; score a run against a known truth with: spire-dist evaluate {run} TRUTH")
+    if refused:
+        raise refused
 
 
 @app.command()
@@ -345,9 +351,9 @@ def export(
     particles: Annotated[str | None, typer.Option(help="Also maps at these rows of the input, e.g. 0,17.")] = None,
     latents: Annotated[Path | None, typer.Option(help="Also maps at the latents of a .npy or text file.")] = None,
     atoms: Annotated[bool, typer.Option(help="Write the Gaussians as pseudo-atoms, coloured by part.")] = True,
-    star: Annotated[bool, typer.Option(help="Write particles.star with latent columns.")] = True,
+    star: Annotated[bool, typer.Option(help="Write particles.star with latent columns; the input must be unchanged.")] = True,
     source: Annotated[
-        list[Path] | None, typer.Option(help="The input STAR or .cs, where it has moved; once for each of several.")
+        list[Path] | None, typer.Option(help="The input STAR, where it has moved; once for each of several.")
     ] = None,
 ) -> None:
     """Write maps, latents, parts and a particles STAR for ChimeraX and RELION."""
