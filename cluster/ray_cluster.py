@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from spire_dist.distributed.stopping import STOP_SIGNALS
 from spire_dist.errors import ConfigError, SpireError
+from spire_dist.machine import cores
 
 if TYPE_CHECKING:
     from ray.exceptions import RayTaskError
@@ -48,7 +49,7 @@ def ray_cluster(
     options = {"runtime_env": {"py_modules": [str(root / name) for name in PACKAGES]}, "log_to_driver": False}
     if address == "local":
         options |= {
-            "num_cpus": cpus or len(os.sched_getaffinity(0)),
+            "num_cpus": cpus or cores(),
             "object_store_memory": max(object_store_bytes, SMALLEST_OBJECT_STORE),
             "include_dashboard": False,
         }
