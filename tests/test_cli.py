@@ -325,6 +325,19 @@ def test_train_on_its_run_alone_goes_on_with_it(flow, command):
     assert "complete" in output
 
 
+def test_train_writes_its_report_where_the_particles_file_has_changed(flow, mistake):
+    folder, _ = flow
+    star, page = folder / "truth" / "particles.star", folder / "run" / "report.html"
+    before = star.read_bytes()
+    page.unlink()
+    try:
+        star.write_bytes(before + b"\n")
+        mistake(["train", "--run", folder / "run"], star, "has changed")
+    finally:
+        star.write_bytes(before)
+    assert page.stat().st_size > 0
+
+
 def test_a_damaged_store_fails_verification(flow, tmp_path, command):
     store = tmp_path / "store"
     shutil.copytree(flow[0] / "store", store)

@@ -1,9 +1,11 @@
 """The page of a stand-in run: well-formed, complete in itself, honest about what is missing; and its pictures."""
 
 import base64
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,3 +150,14 @@ def test_scene_looks_along_the_axis_about_which_things_turn(standin):
     assert abs(scene.view[2] @ [0, 0, 1]) > 0.99
     np.testing.assert_allclose(scene.view @ scene.view.T, np.eye(3), atol=1e-6)
     assert np.linalg.det(scene.view) == pytest.approx(1)
+
+
+def test_the_particles_shown_are_named_with_their_file_where_there_are_several(standin):
+    two = {"sources": [*standin.store.sources, "b.star"], "source": standin.store.source_index % 2}
+    run = dataclasses.replace(standin, store=SimpleNamespace(**vars(standin.store) | two))
+    [shown] = re.findall(r"Rows (.*?) of the input", report.render_page(run, run.directory, frames=2, pixels=48))
+    names = shown.split(", ")
+    assert len(names) == 7
+    for name in names:
+        row, file = map(int, name.split(" of file "))
+        assert file == row % 2 + 1

@@ -208,9 +208,9 @@ def test_a_pixel_that_is_not_a_number_names_its_particle(tiny_store, tmp_path, t
         assert row in status(run)["message"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(tmp_path, train_tiny, refusal):
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_do(tmp_path, tiny_truth, train_tiny, refusal):
     settings = [f"stage1.rates.{name}=1e30" for name in ("centres_px", "widths", "amplitudes", "networks")]
-    words = ["stage 1", "not finite", "rows", "stage1.rates"]
+    words = ["stage 1", "not finite", "rows [", f"of {tiny_truth / 'particles.star'}", "stage1.rates"]
     refusal(RunError, words, lambda: train_tiny(tmp_path / "run", *settings, "stage1.warmup_epochs=0"))
     assert status(tmp_path / "run")["state"] == "failed"
 
