@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import locate
-from data_prep.plan import Inputs, Options, Plan, make_plan, read_inputs, with_sign
+from data_prep.plan import PLAN_BYTES_PER_ROW, Inputs, Options, Plan, make_plan, read_inputs, with_sign
 from data_prep.shards import is_noted, missing_shards, read_attributes, shards_of, write_shard
 from data_prep.writing import finish, planned_tables, write_stacks, write_tables
 from spire_dist.data.store import map_table
@@ -37,6 +37,7 @@ Engine = Callable[[Path, list[int]], Iterable[int]]
 """Makes the given shards of a begun store, in any order, and yields each when it is done."""
 WORKER_BYTES = PLAN_BYTES = 200 * 2**20
 """Of a process without its shard, or without its tables: the interpreter and the libraries."""
+TABLE_BYTES_PER_ROW = 128
 COMPRESSED = 0.8
 """Size of 8-bit noise after compression, 6.05 bits of entropy per pixel."""
 
@@ -324,8 +325,8 @@ def _refuse_difference(store: Path, begun: dict[str, Any], plan: Plan) -> None:
 def _what_it_takes(store: Path, plan: Plan, workers: int) -> str:
     """How much will be written, read and held, in one line. Raises ConfigError where the disk has no room for it."""
     count = len(plan.table)
-    tables = sum(values.nbytes for values in planned_tables(plan).values())
-    needed = int(count * plan.image_bytes * (COMPRESSED if plan.options.dtype == "compact" else 1)) + tables
+    stored_bytes = plan.image_bytes * (COMPRESSED if plan.options.dtype == "compact" else 1) + TABLE_BYTES_PER_ROW
+    needed = int(count * stored_bytes)
     free = shutil.disk_usage(existing_parent(store)).free
     shards = -(-count // plan.images_per_shard)
     line = f"{count} images of {plan.recipe.box} px at {plan.pixel_size_a:.4g} Å/px: {readable(needed)}"
@@ -337,7 +338,7 @@ def _what_it_takes(store: Path, plan: Plan, workers: int) -> str:
     return (
         f"{store}: {line} in {shards} shard(s), {readable(free)} free; {readable(sum(s.bytes for s in plan.recipe.stacks))} "
         f"in {len(plan.recipe.stacks)} stack(s) to read; about {readable(memory)} of memory for {at_once} process(es), "
-        f"{readable(PLAN_BYTES + 4 * tables)} for the plan"
+        f"{readable(PLAN_BYTES + PLAN_BYTES_PER_ROW * count)} for the plan"
     )
 
 

@@ -127,7 +127,7 @@ def _to_half(images, out, places):
                 odd = (size >> np.uint32(13)) & np.uint32(1)
                 normal = (size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
                 # Below 2^-14 the spacing is 2^-24: adding 0.5 to the float rounds there, and leaves the wanted bits.
-                tiny = _bits(_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)
+                tiny = _bits(_float(size) + np.float32(0.5)) - np.uint32(0x3F000000)  # pyright: ignore[reportCallIssue]
                 half = tiny if size < np.uint32(0x38800000) else normal
                 half = np.uint32(0x7C00) if size >= np.uint32(0x477FF000) else half
                 target[y, x] = np.uint16(half | sign)

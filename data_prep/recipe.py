@@ -84,7 +84,7 @@ def store_images(
         out[places] = values
         return scales
     if recipe.dtype == "float16":
-        finite = to_half(images, out, places)
+        finite = to_half(images, out.view(np.float16), places)
         if not finite.all():
             row = rows[np.argmin(finite)]
             raise SourceError(f"{recipe.name(row)}: values too large for float16; use dtype float32")

@@ -106,7 +106,7 @@ def read_slices(stack: Stack, slices: NDArray[np.integer]) -> NDArray[np.float32
             for run in runs:
                 file.seek(stack.offset + int(slices[run[0]]) * images[0].nbytes)
                 part = images[run[0] : run[-1] + 1]
-                if _read_into(file, memoryview(part.view(np.uint8)).cast("B")) < part.nbytes:
+                if _read_into(file, part.view(np.uint8).data.cast("B")) < part.nbytes:
                     last = slices[run[-1]] + 1
                     raise SourceError(f"{stack.path}: became shorter since it was first read: no image {last}")
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
 
 from data_prep.plan import Plan
 from data_prep.shards import NOTES, note_path, shard_name, shards_of, size_and_hash
@@ -60,7 +61,7 @@ def write_tables(
             dtype=attributes["dtype"],
             chunks=(attributes["images_per_chunk"], box, box),
             shards=(attributes["images_per_shard"], box, box),
-            compressors=None if attributes["codec"] == "none" else zarr.codecs.ZstdCodec(level=3),
+            compressors=None if attributes["codec"] == "none" else ZstdCodec(level=3),
             filters=None,
             fill_value=0,
         )
