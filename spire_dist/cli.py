@@ -351,7 +351,9 @@ def export(
     particles: Annotated[str | None, typer.Option(help="Also maps at these rows of the input, e.g. 0,17.")] = None,
     latents: Annotated[Path | None, typer.Option(help="Also maps at the latents of a .npy or text file.")] = None,
     atoms: Annotated[bool, typer.Option(help="Write the Gaussians as pseudo-atoms, coloured by part.")] = True,
-    star: Annotated[bool, typer.Option(help="Write particles.star with latent columns; the input must be unchanged.")] = True,
+    star: Annotated[
+        bool, typer.Option(help="Write particles.star with latent columns; the input must be unchanged.")
+    ] = True,
     source: Annotated[
         list[Path] | None, typer.Option(help="The input STAR, where it has moved; once for each of several.")
     ] = None,
