@@ -73,7 +73,7 @@ def walk(
                         raise SourceError(f"{source}: line {number}: a second block data_{table.name}; one is expected")
                     names.add(table.name)
                 elif cells and table is not None:
-                    is_row = table.takes(cells[0])
+                    is_row = table.takes(line)
                     if not is_row:
                         table.describe(number, cells)
                 yield number, line, cells, table, is_row
@@ -141,9 +141,9 @@ class Table:
         self.parts: dict[str, list[NDArray[Any]]] = {}
         self.texts: dict[bytes, str] = {}
 
-    def takes(self, first: bytes) -> bool:
-        """Whether a line that begins with `first` is a row: all are, once the labels have ended."""
-        self.has_rows = self.has_rows or (self.is_loop and bool(self.labels) and not first.startswith(b"_"))
+    def takes(self, line: bytes) -> bool:
+        """Whether a line is a row: all are, once the labels have ended. A first cell in quotes is no label."""
+        self.has_rows = self.has_rows or (self.is_loop and bool(self.labels) and not line.lstrip().startswith(b"_"))
         return self.has_rows
 
     def describe(self, number: int, cells: list[bytes]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import starfile
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_prep.relion import read_star
@@ -271,6 +271,7 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min
 
 
 @given(cells=st.lists(st.tuples(CELLS, CELLS, st.floats(allow_nan=False)), min_size=1, max_size=8))
+@example(cells=[("_", "0", 0.0)])
 def test_cells_with_quotes_blanks_and_hashes_come_back_as_they_were(cells, tmp_path_factory):
     def quoted(cell: str) -> str:
         return f'"{cell}"' if cell[0] in "\"'#_" or " " in cell else cell
