@@ -24,6 +24,7 @@ import pandas as pd
 import starfile
 import typer
 
+from benchmarks.loading import forget
 from benchmarks.machine import describe_machine, machine_line
 from benchmarks.tables import table, write
 
@@ -107,16 +108,6 @@ def make_particles(folder: Path, count: int, box: int) -> tuple[Path, list[Path]
     starfile.write({"optics": pd.DataFrame(optics), "particles": pd.DataFrame(columns)}, star)
     os.sync()
     return star, stacks
-
-
-def forget(paths: list[Path]) -> None:
-    """Drop files from the page cache."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
 
 
 def read_all(stacks: list[Path], *, cold: bool) -> float:

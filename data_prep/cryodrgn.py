@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.stacks import Stack, open_stack
+from data_prep.stacks import STACK_SUFFIXES, Stack, open_stack
 from data_prep.table import ParticleTable, finite, sane_pixel_sizes
 from spire_dist import numpy_pickle
 from spire_dist.errors import SourceError
 from spire_dist.schema import NO_CTF
-
-STACK_SUFFIXES = (".mrcs", ".mrc")
 
 
 def read_stacks(

@@ -15,10 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from data_prep.convert import begin, begun_attributes, complete, in_processes
 from data_prep.copying import copy_rows
-from data_prep.plan import STACK_SUFFIXES, Inputs, Options
+from data_prep.plan import Inputs, Options
 from data_prep.query import by_query
 from data_prep.recipe import SAME_EXTENT
 from data_prep.shards import read_attributes, size_and_hash
+from data_prep.stacks import STACK_SUFFIXES
 from data_prep.subset import in_file, in_rows, stack_paths, with_labels
 from spire_dist.data.store import ParticleStore, map_table
 from spire_dist.errors import ConfigError, SpireError, Stopped, StoreError

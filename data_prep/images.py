@@ -93,7 +93,7 @@ def _background(images, weights):
 
 @njit(cache=True, nogil=True)
 def _scale(images, mean, factor):
-    """Images = (images - mean) * factor where the factor [n] is not 0."""
+    """Subtract the mean and multiply: (images - mean) * factor where the factor [n] is not 0."""
     for i in range(images.shape[0]):
         if factor[i] != 0:
             image = images[i]
@@ -105,7 +105,7 @@ def _scale(images, mean, factor):
 def to_half(images: NDArray[np.float32], out: NDArray[np.float16], places: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Round images [n, D, D] to float16 into `out[places]`; returns which [n] fit (have no value beyond 65,504).
 
-    The same bits as numpy's own conversion, five times faster.
+    The same bits as numpy's own conversion, which takes several times as long.
     """
     return _to_half(images.view(np.uint32), out.view(np.uint16), places)
 

@@ -17,7 +17,7 @@ from data_prep.locate import find_stacks, renamed
 from data_prep.recipe import SAME_EXTENT, Recipe, batches_in_file_order, raw_images
 from data_prep.shards import size_and_hash
 from data_prep.sources import read_particles
-from data_prep.stacks import Stack, open_stack
+from data_prep.stacks import STACK_SUFFIXES, Stack, open_stack
 from data_prep.table import ParticleTable
 from data_prep.tilt import with_slices
 from spire_dist.errors import ConfigError, SourceError
@@ -34,7 +34,6 @@ LARGEST_SHARD_BYTES = 2**28
 """A shard is made in memory, by each worker."""
 PLAN_BYTES_PER_ROW = 320
 """Of memory, for each image, until the store is begun (measured with 300,000 and 900,000 rows of RELION's columns)."""
-STACK_SUFFIXES = (".mrcs", ".mrc")
 RUNS_PER_SHARD = 32
 """Places of the input that a shard mixes, at least."""
 

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spire_dist.errors import SourceError
 
+STACK_SUFFIXES = (".mrcs", ".mrc")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 OTHER_MODES = {3: "complex integers", 4: "complex numbers", 101: "4-bit integers"}
 """Modes of the format that are no images of real numbers in whole bytes."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_prep.cryosparc import images_of, uids_of
 from data_prep.cs_files import read_columns
 from data_prep.locate import PARENTS_SEARCHED
+from data_prep.stacks import STACK_SUFFIXES
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.numpy_pickle import load_numbers
@@ -27,7 +28,6 @@ Kept = NDArray[np.bool_]
 """[N], which rows of the store."""
 WHOLE_STACK = -1
 """Slice of a name without "@": a file of one image, or all tilts of a particle."""
-STACK_SUFFIXES = (".mrc", ".mrcs")
 
 
 def in_file(store: ParticleStore, path: Path) -> tuple[Kept, str]:
