@@ -200,7 +200,7 @@ def test_a_pixel_that_is_not_a_number_names_its_particle(tiny_store, tmp_path, t
     shard.write_bytes(bytes(raw))
     particles = ParticleStore.open(store)
     assert np.isnan(particles.read(np.array([75]))).sum() == 1
-    row = f"row {particles.source_index[75] + 1} of"
+    row = f"row {particles.source_index[75] + 1};"
     for resident in ("never", "always"):
         run, settings = tmp_path / f"run-{resident}", [f"data.store='{store}'", f"data.resident='{resident}'"]
         refusal(StoreError, [str(store), row], lambda run=run, settings=settings: train_tiny(run, *settings))
