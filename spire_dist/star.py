@@ -182,9 +182,7 @@ class Table:
                 continue
             parts = self.parts.setdefault(label, [])
             parts.append(self._converted([row[column] for row in self.waiting], kind))
-            while len(parts) > 1 and len(parts[-2]) <= len(
-                parts[-1]
-            ):  # few large pieces: small ones leave holes in memory
+            while len(parts) > 1 and len(parts[-2]) <= len(parts[-1]):  # small pieces leave holes in memory
                 parts[-2:] = [np.concatenate(parts[-2:])]
         self.waiting = []
         if len(self.texts) > TEXTS_SHARED:
@@ -192,10 +190,9 @@ class Table:
 
     def _converted(self, cells: list[bytes], kind: type) -> NDArray[Any]:
         if kind is tuple:
-            halves = (cell.rpartition(b"@") for cell in cells)
-            return np.array(
-                [(self._text(before + at), self._text(after)) for before, at, after in halves], dtype=object
-            )
+            halves = [cell.rpartition(b"@") for cell in cells]
+            pairs = [(self._text(before + at), self._text(after)) for before, at, after in halves]
+            return np.array(pairs, dtype=object).reshape(len(cells), 2)  # [0, 2] where no row is left
         if kind is not str:
             try:
                 with np.errstate(over="ignore"):  # beyond float32 is infinite, which `numbers` refuses

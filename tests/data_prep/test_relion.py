@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_prep.relion import read_star
 from data_prep.sources import read_particles
 from spire_dist.errors import SourceError
-from spire_dist.star import Columns, numbers, read_blocks
+from spire_dist.star import ROWS_AT_ONCE, Columns, numbers, read_blocks
 
 PARTICLES = "particles/ml-struct-bio+cryodrgn/tests/data"
 METADATA = "metadata/ml-struct-bio+cryodrgn/tests/data"
@@ -245,6 +245,16 @@ def test_a_row_may_begin_like_a_block_or_a_label_later_on(tmp_path):
 def test_a_block_without_a_loop_is_one_row(tmp_path):
     columns = _read(tmp_path / "a.star", "data_\n_rlnImageName  'my dir/a.mrcs'\n_rlnDefocusU 3\n\ndata_b\n_a 1\n")
     assert (columns["rlnImageName"].tolist(), columns["rlnDefocusU"].tolist()) == (["my dir/a.mrcs"], [3.0])
+
+
+@pytest.mark.parametrize("rows", [0, 1, *(n * ROWS_AT_ONCE + more for n in (1, 2, 4) for more in (-1, 0, 1))])
+def test_a_table_of_any_length_is_read_whole(tmp_path, rows):
+    names = [f"{i + 1}@a{i // 300}.mrcs" for i in range(rows)]
+    (tmp_path / "a.star").write_text(TABLE + "".join(f"{name} {i}.5 m.mrc\n" for i, name in enumerate(names)))
+    columns = read_blocks(tmp_path / "a.star", LABELS | {"rlnImageName": tuple})["particles"]
+    assert ["".join(pair) for pair in columns["rlnImageName"]] == names
+    assert columns["rlnDefocusU"].tolist() == [i + 0.5 for i in range(rows)]
+    assert columns["rlnMicrographName"].tolist() == ["m.mrc"] * rows
 
 
 def test_names_of_images_come_in_two_parts_and_equal_texts_are_one_object(tmp_path):
