@@ -18,7 +18,8 @@ from pathlib import Path
 
 from cluster.ray_cluster import ray_cluster, require_ray, told_by_a_worker
 from cluster.submit import Task, job_parameters, queue, require
-from data_prep.convert import Engine, complete, in_processes
+from data_prep.convert import Engine, complete
+from data_prep.processes import in_processes
 from data_prep.shards import missing_shards, write_shard
 from spire_dist.errors import ConfigError, SpireError, StoreError
 from spire_dist.schema import MANIFEST_NAME

@@ -6,15 +6,10 @@ only with the options and inputs it was begun with, so that none mixes two sourc
 """
 
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +19,8 @@ import numpy as np
 
 from data_prep import locate
 from data_prep.plan import PLAN_BYTES_PER_ROW, Inputs, Options, Plan, make_plan, read_inputs, with_sign
-from data_prep.shards import is_noted, missing_shards, read_attributes, shards_of, write_shard
+from data_prep.processes import begin_to_import, in_processes
+from data_prep.shards import is_noted, missing_shards, read_attributes, shards_of
 from data_prep.writing import finish, planned_tables, write_stacks, write_tables
 from spire_dist.data.store import map_table
 from spire_dist.errors import ConfigError, SourceError, Stopped, StoreError
@@ -126,6 +122,8 @@ def prepare(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: {workers}; expected 1 or more")
     store, workers = Path(store).resolve(), workers or cores()
+    if engine is None and workers > 1 and not (only_begin or dry_run):
+        begin_to_import()
     try:
         is_new = begin(inputs, options, store, workers, dry_run=dry_run)
     except KeyboardInterrupt:
@@ -183,38 +181,6 @@ def complete(store: Path, engine: Engine, what: str = "prep") -> None:
     except KeyboardInterrupt:
         made = total - len(missing_shards(store))
         raise Stopped(f"{store}: stopped with {made} of {total} shards made; the same command goes on") from None
-
-
-def in_processes(store: Path, shards: list[int], workers: int) -> Iterator[int]:
-    """The engine of one machine: `workers` processes, each making one shard at a time."""
-    if min(workers, len(shards)) <= 1:
-        yield from (write_shard(store, shard) for shard in shards)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(shards)), context, initializer=_leave_with_parent) as pool:
-        tasks = [pool.submit(write_shard, store, shard) for shard in shards]
-        try:
-            for task in as_completed(tasks):
-                yield task.result()
-        except BrokenProcessPool as error:
-            raise StoreError(
-                f"{store}: a worker was killed, perhaps for its memory; run the same command again with fewer workers"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _leave_with_parent() -> None:
-    """In a worker: an interruption is the parent's to handle, and no worker outlives a killed parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
 
 
 def check_paths(inputs: Inputs) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.convert import begun_attributes, cannot_write, complete, existing_parent, readable
-from data_prep.shards import note_path, read_attributes, shard_name, shard_rows, write_images
+from data_prep.shards import note_path, read_attributes, shard_name, shard_rows, work_space, write_images
 from data_prep.stacks import Stack
 from data_prep.writing import write_tables
 from spire_dist.data.store import ParticleStore, map_table, read_manifest
@@ -100,7 +100,8 @@ def _gathered(
     Read by whole chunks, the next one only when the last is copied: each is read, and decompressed, once.
     """
     chunk, box = stores[0].images_per_chunk, stores[0].box
-    images = np.zeros((-(-len(rows) // chunk) * chunk, box, box), dtype=stores[0].image_dtype)
+    images = work_space((-(-len(rows) // chunk) * chunk, box, box), stores[0].image_dtype)
+    images[len(rows) :] = 0
     where = np.stack([numbers, rows // chunk], axis=1)
     begins = np.flatnonzero(np.concatenate([[True], (where[1:] != where[:-1]).any(axis=1)]))
     for begin, end in zip(begins, [*begins[1:], len(rows)], strict=True):

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data_prep.convert import begin, begun_attributes, complete, in_processes
+from data_prep.convert import begin, begun_attributes, complete
 from data_prep.copying import copy_rows
 from data_prep.plan import Inputs, Options
+from data_prep.processes import in_processes
 from data_prep.query import by_query
 from data_prep.recipe import SAME_EXTENT
 from data_prep.shards import read_attributes, size_and_hash

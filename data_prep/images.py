@@ -10,7 +10,6 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
-from scipy import special
 
 
 @cache
@@ -189,6 +188,8 @@ def protein_sign(contrasts: NDArray[np.float64]) -> int:
     count = len(contrasts)
     if count < 2 or not np.any(contrasts != contrasts[0]):
         return 0
+    from scipy import special  # here, because every process that makes shards would wait for it
+
     t = contrasts.mean() / (contrasts.std(ddof=1) / np.sqrt(count))
     chance = 2 * special.stdtr(count - 1, -abs(t))
     return int(np.sign(t)) if chance < 1e-4 else 0

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_prep.cryodrgn import with_cryodrgn_poses
 from data_prep.images import centre_contrast, protein_sign
 from data_prep.locate import find_stacks, renamed
-from data_prep.recipe import SAME_EXTENT, Recipe, batches_in_file_order, raw_images
+from data_prep.recipe import SAME_EXTENT, Recipe, batches_in_file_order, on_common_grid, read_pixels
 from data_prep.shards import size_and_hash
 from data_prep.sources import read_particles
 from data_prep.stacks import STACK_SUFFIXES, Stack, open_stack
@@ -223,7 +223,11 @@ def _decide_sign(plan: Plan) -> dict[str, Any]:
         return {"applied": -1 if asked == "-" else 1, "found_by": "option"}
     rows = np.unique(np.linspace(0, len(plan.table) - 1, IMAGES_FOR_SIGN).astype(np.int64))
     batches = progress(batches_in_file_order(plan.recipe, rows), "sign")
-    contrasts = np.concatenate([centre_contrast(raw_images(plan.recipe, rows[batch])) for batch in batches])
+    found = []
+    for batch in batches:
+        pixels = read_pixels(plan.recipe, rows[batch])
+        found.append(centre_contrast(on_common_grid(plan.recipe, rows[batch], pixels)))
+    contrasts = np.concatenate(found)
     measured = protein_sign(contrasts)
     evidence = {"images": len(rows), "contrast": float(contrasts.mean()), "spread": float(contrasts.std())}
     hint = int(np.sign(plan.table.sign_hint or 0.0))

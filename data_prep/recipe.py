@@ -46,29 +46,37 @@ class Recipe:
         return f"{self.stacks[self.stack[row]].path}: image {self.slice[row] + 1}"
 
 
-def raw_images(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Images of rows [n] on the common grid, float32 [n, D, D], before sign and normalisation."""
+def read_pixels(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Images of rows [n], all of one stack, as they are there: float32 [n, box, box]."""
+    return read_slices(recipe.stacks[recipe.stack[rows[0]]], recipe.slice[rows])
+
+
+def on_common_grid(recipe: Recipe, rows: NDArray[np.int64], pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What `read_pixels` gave for rows [n], on the grid of the store: float32 [n, D, D]; perhaps `pixels` itself."""
+    box = pixels.shape[-1]
+    sizes, of_row = np.unique(recipe.pixel_size_a[rows], return_inverse=True)
+    matrices = [resampling_matrix(box, recipe.box, _span(box, recipe, size)) for size in sizes]
+    if len(matrices) == 1:
+        return resample(pixels, matrices[0])
     images = np.empty((len(rows), recipe.box, recipe.box), dtype=np.float32)
-    files = recipe.stack[rows]
-    for file in np.unique(files):
-        stack, mine = recipe.stacks[file], np.flatnonzero(files == file)
-        pixels = read_slices(stack, recipe.slice[rows[mine]])
-        spans = np.array([_span(stack.box, recipe, size) for size in recipe.pixel_size_a[rows[mine]]])
-        for span in np.unique(spans):  # one, unless optics groups share a stack
-            same = spans == span
-            images[mine[same]] = resample(pixels[same], resampling_matrix(stack.box, recipe.box, float(span)))
+    for number, matrix in enumerate(matrices):  # optics groups may share a stack
+        images[of_row == number] = resample(pixels[of_row == number], matrix)
     return images
 
 
 def store_images(
-    recipe: Recipe, rows: NDArray[np.int64], out: NDArray[np.generic], places: NDArray[np.int64]
+    recipe: Recipe,
+    rows: NDArray[np.int64],
+    pixels: NDArray[np.float32],
+    out: NDArray[np.generic],
+    places: NDArray[np.int64],
 ) -> NDArray[np.float32] | None:
-    """Make the images of rows [n] and put them, as the store holds them, into `out[places]`.
+    """Make the images of rows [n] from their `pixels`, which it may use up, and put them, as stored, into `out[places]`.
 
     Returns the scales [n] of int8 images (pixel = value × scale), else None. Raises SourceError, naming stack and image,
     for a background without any noise and for values beyond the type.
     """
-    images = raw_images(recipe, rows)
+    images = on_common_grid(recipe, rows, pixels)
     pixel_size_a = recipe.extent_a / recipe.box
     if recipe.radius_a is not None:
         deviation = normalise(images, background_mask(recipe.box, recipe.radius_a / pixel_size_a), recipe.sign)

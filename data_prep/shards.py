@@ -8,28 +8,33 @@ temporary name.
 
 import hashlib
 import json
+import mmap
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from google_crc32c import value as crc32c
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from threadpoolctl import threadpool_limits
-from zarr.abc.buffer import Buffer
-from zarr.buffer import cpu
-from zarr.storage import MemoryStore
 
-from data_prep.recipe import Recipe, batches_in_file_order, store_images
-from data_prep.stacks import Stack, announce
+from data_prep.recipe import Recipe, batches_in_file_order, read_pixels, store_images
+from data_prep.stacks import Stack
 from spire_dist.data.shards import NOT_THERE
 from spire_dist.data.store import map_table
-from spire_dist.files import replacing, write_json
+from spire_dist.files import replacing, write_json, write_uncached
 from spire_dist.schema import STACKS_NAME
+
+if TYPE_CHECKING:
+    from zarr.abc.buffer import Buffer
 
 NOTES = ".prep"
 """Folder in the store with one note for each finished shard: its size and sha256, and the scales of compact images."""
-BATCHES_AHEAD = 8
+BATCHES_AHEAD = 4
+"""Read while one is made into what is stored."""
 
 
 def write_shard(store: Path, shard: int) -> int:
@@ -43,15 +48,12 @@ def write_shard(store: Path, shard: int) -> int:
     rows = shard_rows(attributes, shard)
     recipe = read_recipe(store, attributes, rows)
     box, chunk = recipe.box, attributes["images_per_chunk"]
-    images = np.zeros((-(-len(rows) // chunk) * chunk, box, box), dtype=recipe.dtype)
+    images = work_space((-(-len(rows) // chunk) * chunk, box, box), recipe.dtype)
+    images[len(rows) :] = 0
     scales = np.ones(len(rows), dtype=np.float32)
-    mine = np.arange(len(rows))
     with threadpool_limits(1):  # the tasks are what runs side by side
-        batches = batches_in_file_order(recipe, mine)
-        for number, batch in enumerate(batches):
-            if number % BATCHES_AHEAD == 0:
-                _announce(recipe, batches[number + BATCHES_AHEAD : number + 2 * BATCHES_AHEAD])
-            found = store_images(recipe, batch, images, batch)
+        for batch, pixels in _read_ahead(recipe, batches_in_file_order(recipe, np.arange(len(rows)))):
+            found = store_images(recipe, batch, pixels, images, batch)
             if found is not None:
                 scales[batch] = found
     try:
@@ -65,11 +67,33 @@ def write_shard(store: Path, shard: int) -> int:
     return shard
 
 
-def _announce(recipe: Recipe, batches: list[NDArray[np.int64]]) -> None:
-    """Have the next images read while these are made: alone, a disk would idle while we compute."""
-    for batch in batches:
-        slices = recipe.slice[batch]
-        announce(recipe.stacks[recipe.stack[batch[0]]], int(slices.min()), int(slices.max()))
+def work_space(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[np.generic]:
+    """Room for a shard's images, the same memory for every shard that a thread makes; what was in it is still there.
+
+    New pages cost more than what fills them; and these are aligned as `write_uncached` needs it.
+    """
+    count = int(np.prod(shape))
+    size = count * np.dtype(dtype).itemsize
+    if len(getattr(_own, "room", b"")) < size:
+        _own.room = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # on Linux
+            _own.room.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(_own.room, dtype=dtype, count=count).reshape(shape)
+
+
+_own = threading.local()
+
+
+def _read_ahead(
+    recipe: Recipe, batches: list[NDArray[np.int64]]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Each batch with its images as they are in the stack: a thread reads the next ones while the caller computes."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[Future[NDArray[np.float32]]] = deque()
+        for number, batch in enumerate(batches):
+            for ahead in batches[number + len(waiting) : number + BATCHES_AHEAD]:
+                waiting.append(reader.submit(read_pixels, recipe, ahead))
+            yield batch, waiting.popleft().result()
 
 
 def write_images(store: Path, attributes: dict[str, Any], shard: int, images: NDArray[np.generic]) -> dict[str, Any]:
@@ -93,16 +117,24 @@ def _write_uncompressed(path: Path, images: NDArray[np.generic], chunk: int, chu
     data = images.data.cast("B")
     tail = index.tobytes()
     tail += crc32c(tail).to_bytes(4, "little")
-    with replacing(path, flushed=True, shared=True) as partial, open(partial, "wb") as file:
-        file.write(data)
-        file.write(tail)
-    digest = hashlib.sha256(data)
-    digest.update(tail)
-    return {"bytes": len(data) + len(tail), "sha256": digest.hexdigest()}
+    with ThreadPoolExecutor(1) as beside:  # the disk needs no core, and the hash no disk
+        digest = beside.submit(hashlib.sha256, data)
+        with replacing(path, flushed=True, shared=True) as partial:
+            whole = write_uncached(partial, data)
+            with open(partial, "ab") as file:
+                file.write(data[whole:])
+                file.write(tail)
+    found = digest.result()
+    found.update(tail)
+    return {"bytes": len(data) + len(tail), "sha256": found.hexdigest()}
 
 
 def _write_compressed(store: Path, path: Path, images: NDArray[np.generic], rows: range) -> dict[str, Any]:
     """The shard as zarr makes it, in memory: on the disk zarr would read a shard that it is to fill only in part."""
+    import zarr  # here, because it is half of what a process takes to start, and uncompressed shards go without it
+    from zarr.buffer import cpu
+    from zarr.storage import MemoryStore
+
     files: dict[str, Buffer] = {"zarr.json": cpu.Buffer.from_bytes((store / "images" / "zarr.json").read_bytes())}
     with zarr.config.set({"array.write_empty_chunks": True}):
         zarr.open_array(MemoryStore(files), mode="r+")[rows.start : rows.stop] = images

@@ -3,11 +3,11 @@
 Called for every stack by `plan.py`, and for every run of images by the tasks that write shards.
 """
 
+import errno
 import math
 import os
-from contextlib import suppress
+import sys
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import mrcfile.utils
@@ -27,6 +27,8 @@ BIG_STAMP = 0x11
 """First byte of the machine stamp of a file whose numbers start with their highest byte."""
 VOLUME_STACK = 401
 """`ispg` from which on a file is a stack of volumes, each of `mz` sections."""
+READ_ONCE = 0x80 if sys.platform == "linux" else 0
+"""RWF_DONTCACHE of Linux 6.14: what the system's cache does not hold already is not kept there after it was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,8 @@ def read_slices(stack: Stack, slices: NDArray[np.integer]) -> NDArray[np.float32
     try:
         with open(stack.path, "rb", buffering=0) as file:
             for run in runs:
-                file.seek(stack.offset + int(slices[run[0]]) * images[0].nbytes)
-                part = images[run[0] : run[-1] + 1]
-                if _read_into(file, part.view(np.uint8).data.cast("B")) < part.nbytes:
+                start, part = stack.offset + int(slices[run[0]]) * images[0].nbytes, images[run[0] : run[-1] + 1]
+                if _read_into(file.fileno(), start, part.view(np.uint8).data.cast("B")) < part.nbytes:
                     last = slices[run[-1]] + 1
                     raise SourceError(f"{stack.path}: became shorter since it was first read: no image {last}")
     except OSError as error:
@@ -115,19 +116,19 @@ def read_slices(stack: Stack, slices: NDArray[np.integer]) -> NDArray[np.float32
     return _finite_images(stack, slices, images)
 
 
-def announce(stack: Stack, first: int, last: int) -> None:
-    """Let the system read slices `first` to `last` in the background; errors are left to the reading itself."""
-    image_bytes = stack.box**2 * np.dtype(stack.dtype).itemsize
-    with suppress(OSError, AttributeError), open(stack.path, "rb", buffering=0) as file:  # no such call on a Mac
-        os.posix_fadvise(
-            file.fileno(), stack.offset + first * image_bytes, (last + 1 - first) * image_bytes, os.POSIX_FADV_WILLNEED
-        )
-
-
-def _read_into(file: FileIO, buffer: memoryview) -> int:
+def _read_into(file: int, start: int, buffer: memoryview) -> int:
     """Bytes read; less than the buffer holds only at the end of the file (one call reads at most 2 GiB)."""
-    done = 0
-    while done < len(buffer) and (count := file.readinto(buffer[done:])):
+    done, flags = 0, READ_ONCE
+    while done < len(buffer):
+        try:
+            count = os.preadv(file, [buffer[done:]], start + done, flags)
+        except OSError as error:
+            if not flags or error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            flags = 0  # an older system, or a file system without it
+            continue
+        if not count:
+            break
         done += count
     return done
 

@@ -25,6 +25,8 @@ from data_prep.stacks import Stack
 from spire_dist.files import replacing, write_json
 from spire_dist.schema import ARRAYS, MANIFEST_NAME, OPTIONAL_ARRAYS, SCHEMA_VERSION, STACKS_NAME
 
+ATTEMPTS = 5
+
 
 def planned_tables(plan: Plan) -> dict[str, NDArray[Any]]:
     """All arrays but the images, in the order of the store."""
@@ -72,18 +74,39 @@ def write_tables(
 
 
 def write_stacks(store: Path, stacks: Iterable[Stack]) -> None:
-    """Where the images are read from."""
-    write_json(store / STACKS_NAME, [{**vars(stack), "path": str(stack.path.absolute())} for stack in stacks])
+    """Where the images are read from; not written again where it says so already (another process may be reading it)."""
+    content = [{**vars(stack), "path": str(stack.path.absolute())} for stack in stacks]
+    path = store / STACKS_NAME
+    if not path.exists() or json.loads(path.read_text()) != content:
+        write_json(path, content, shared=True)
 
 
 def finish(store: Path, attributes: dict[str, Any]) -> None:
-    """What needs every shard: the scales of compact images, then the manifest."""
-    if attributes["codec"] == "compact" and not (store / "scale" / "c" / "0").exists():
-        notes = (json.loads(note_path(store, shard).read_text()) for shard in shards_of(attributes))
-        scales = np.concatenate([np.array(note["scales"], dtype=np.float32) for note in notes])
-        with replacing(store / "scale", flushed=True) as partial:
+    """What needs every shard: the scales of compact images, then the manifest.
+
+    Where several processes finish a store at once, each makes the same; one may clear away what another is writing under a
+    temporary name, which then does it again.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            if attributes["codec"] == "compact" and not (store / "scale" / "c" / "0").exists():
+                _write_scales(store, attributes)
+            write_manifest(store, attributes)
+            return
+        except FileNotFoundError:
+            if attempt == ATTEMPTS - 1:
+                raise
+
+
+def _write_scales(store: Path, attributes: dict[str, Any]) -> None:
+    notes = (json.loads(note_path(store, shard).read_text()) for shard in shards_of(attributes))
+    scales = np.concatenate([np.array(note["scales"], dtype=np.float32) for note in notes])
+    try:
+        with replacing(store / "scale", flushed=True, shared=True, over=False) as partial:
             _write_table(zarr.open_group(store), partial.name, scales)
-    write_manifest(store, attributes)
+    except OSError:  # another process has put it there
+        if not (store / "scale" / "c" / "0").exists():
+            raise
 
 
 def write_manifest(store: Path, attributes: dict[str, Any]) -> None:
@@ -97,7 +120,7 @@ def write_manifest(store: Path, attributes: dict[str, Any]) -> None:
         files[shard_name(shard)] = {"bytes": note["bytes"], "sha256": note["sha256"]}
     fingerprint = content_fingerprint(files, attributes)
     manifest = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "files": dict(sorted(files.items()))}
-    write_json(store / MANIFEST_NAME, manifest)
+    write_json(store / MANIFEST_NAME, manifest, shared=True)
 
 
 def content_fingerprint(files: dict[str, dict[str, Any]], attributes: dict[str, Any]) -> str:

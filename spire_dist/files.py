@@ -1,5 +1,6 @@
 """Files that are complete or absent: written under a temporary name beside their place, flushed, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+PAGE = 4096
+PIECE = 2**23
+"""Bytes written at once without the system's cache."""
 
 
 @contextmanager
@@ -47,6 +52,28 @@ def write_durably(path: Path, text: str, *, shared: bool = False) -> None:
     """Replace a small file: the old text or the new one is there at any moment, and the new one survives a power cut."""
     with replacing(path, flushed=True, shared=shared) as partial:
         partial.write_text(text)
+
+
+def write_uncached(path: Path, data: memoryview) -> int:
+    """Begin a new file with as much of `data` as can go to the disk without a copy in the system's cache; returns how much.
+
+    That is all but the last odd bytes, or nothing where the file system or the system knows no such writing.
+    """
+    whole = len(data) // PAGE * PAGE
+    done = 0
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o666)
+    except (OSError, AttributeError):  # AttributeError: not on a Mac
+        return 0
+    try:
+        while done < whole:
+            done += os.write(handle, data[done : min(done + PIECE, whole)])
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)
+    return done
 
 
 def flush(path: Path) -> None:

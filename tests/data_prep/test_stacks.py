@@ -1,5 +1,6 @@
 """Stacks: what mrcfile reads is the truth; what cannot be read is refused by name."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from mrcfile.dtypes import HEADER_DTYPE
 
+from data_prep import stacks
 from data_prep.locate import find_stack
 from data_prep.stacks import open_stack, read_slices
 from spire_dist.errors import SourceError
@@ -214,3 +216,18 @@ def test_a_stack_is_found_from_the_project_folder_and_under_datadir(tmp_path, re
     (project / written_as).touch()
     assert find_stack(written_as, source, None) == project / written_as
     assert find_stack(str(elsewhere / "a.mrcs"), source, None) == elsewhere / "a.mrcs"
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_a_system_that_cannot_read_past_its_cache_reads_through_it(tmp_path, monkeypatch, error):
+    images = _noise(5, 8)
+    stack = open_stack(_written(tmp_path / "a.mrcs", images))
+    preadv = os.preadv
+
+    def older(file, buffers, start, flags=0):
+        if flags:
+            raise OSError(error, os.strerror(error))
+        return preadv(file, buffers, start)
+
+    monkeypatch.setattr(stacks.os, "preadv", older)
+    np.testing.assert_array_equal(read_slices(stack, np.arange(5)), images)
