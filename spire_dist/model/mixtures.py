@@ -8,6 +8,8 @@ with a = a_i the anchor of Gaussian i for good. Rotations turn about the anchor'
 the particle's frame (both open in the paper). Widths never depend on the latent.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,12 @@ class CoarseMixture(nn.Module):
     def regulariser(self) -> Tensor:
         """Nothing beside the latents is penalised in stage 1."""
         return self.gaussians.unit.new_zeros(())
+
+    def with_gaussians(self, gaussians: Gaussians, rows: Tensor) -> "CoarseMixture":
+        """The same networks (not copies) with other Gaussians, `rows` [n] of the present ones."""
+        part = copy.copy(self)
+        part._modules = self._modules | {"gaussians": gaussians}
+        return part
 
 
 class HierarchicalMixture(nn.Module):
@@ -102,6 +110,15 @@ class HierarchicalMixture(nn.Module):
     def regulariser(self) -> Tensor:
         """λ_f Σ|df|² (equation 7)."""
         return self.feature_weight * self.gaussians.features.square().sum()
+
+    def with_gaussians(self, gaussians: Gaussians, rows: Tensor) -> "HierarchicalMixture":
+        """The same networks and anchors (not copies) with other Gaussians, `rows` [n], ascending, of the present ones."""
+        part = copy.copy(self)
+        anchor_of = self.anchor_of[rows]
+        part._modules = self._modules | {"gaussians": gaussians}
+        part._buffers = self._buffers | {"anchor_of": anchor_of}
+        part.sizes = torch.bincount(anchor_of, minlength=len(self.anchor_centres)).tolist()
+        return part
 
 
 Mixture = CoarseMixture | HierarchicalMixture

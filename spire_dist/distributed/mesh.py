@@ -1,0 +1,130 @@
+"""Which ranks there are and which work together: the mesh `replicate × gauss`, from srun, torchrun or one process alone.
+
+Rank r has the place (r // G, r % G). The G ranks of a gauss group hold a share of the Gaussians each and render them for the
+images of the whole group; being neighbours, they lie within a node where G divides the ranks of one. The R ranks of a
+replicate group hold the same share and see different images. One process alone has no groups, and every collective
+(`collectives.py`) is then the identity: the code around them is the same.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from spire_dist.errors import ConfigError
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torch and DeepSpeed read; torchrun sets them, under srun we do."""
+PORTS = range(20000, 30000)
+"""For the meeting of a Slurm job's ranks; the job's number chooses."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A rank's place among `world` ranks, `gauss` of which share the Gaussians."""
+
+    rank: int = 0
+    world: int = 1
+    gauss: int = 1
+    local_rank: int = 0
+    """Among the ranks of this machine."""
+    axes: DeviceMesh | None = None
+    """None for one process alone."""
+
+    @property
+    def replicate(self) -> int:
+        """R: groups that hold all Gaussians."""
+        return self.world // self.gauss
+
+    @property
+    def gauss_rank(self) -> int:
+        """Which share of the Gaussians this rank holds."""
+        return self.rank % self.gauss
+
+    @property
+    def world_group(self) -> dist.ProcessGroup | None:
+        """All ranks."""
+        return None if self.axes is None else dist.group.WORLD
+
+    @property
+    def gauss_group(self) -> dist.ProcessGroup | None:
+        """The ranks that render the same images."""
+        return None if self.axes is None else self.axes.get_group("gauss")
+
+    @property
+    def replicate_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same Gaussians."""
+        return None if self.axes is None else self.axes.get_group("replicate")
+
+
+@contextmanager
+def init_distributed(gauss: int, device: str, timeout_s: float) -> Iterator[Mesh]:
+    """The mesh of the ranks that were started together, for as long as the block lasts.
+
+    Args:
+        gauss: G, ranks that share the Gaussians.
+        device: "cuda" (each rank takes the GPU of its number on the machine; NCCL) or "cpu" (gloo).
+        timeout_s: how long a rank waits for the others before it gives up.
+
+    Raises ConfigError where `gauss` does not divide the ranks, or a rank has no GPU.
+
+    """
+    launched = launch_variables(os.environ)
+    world, local_rank = int(launched.get("WORLD_SIZE", 1)), int(launched.get("LOCAL_RANK", 0))
+    if world % gauss:
+        raise ConfigError(f"parallel.gauss = {gauss}: does not divide the {world} rank(s) of this run")
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {launched.get('RANK', 0)}: number {local_rank} of its machine, which has {torch.cuda.device_count()} "
+                "GPU(s); start one rank for each"
+            )
+        torch.cuda.set_device(local_rank)
+    if world == 1:
+        yield Mesh()
+        return
+    os.environ |= launched
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        axes = init_device_mesh(device, (world // gauss, gauss), mesh_dim_names=("replicate", "gauss"))
+        yield Mesh(dist.get_rank(), world, gauss, local_rank, axes)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The five variables of `LAUNCH_VARIABLES`, from torchrun or from srun; none for a process that was started alone.
+
+    A Slurm batch script is such a process: only srun starts ranks. Raises ConfigError where torchrun's are incomplete.
+    """
+    if int(environment.get("WORLD_SIZE", 1)) > 1 or "TORCHELASTIC_RUN_ID" in environment:
+        missing = [name for name in LAUNCH_VARIABLES if name not in environment]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE = {environment['WORLD_SIZE']}: {', '.join(missing)} not set; start with torchrun or srun"
+            )
+        return {name: environment[name] for name in LAUNCH_VARIABLES}
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
+        port = PORTS[int(environment.get("SLURM_JOB_ID", 0)) % len(PORTS)]
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_NTASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "MASTER_ADDR": environment.get("MASTER_ADDR", first_node(nodes)),
+            "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+        }
+    return {}
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a Slurm list of nodes: "gpu[007-009,012],login" is "gpu007"."""
+    match = re.match(r"([^,\[]*)(?:\[([^,\]-]*)[^\]]*\])?([^,\[]*)", nodes)
+    assert match is not None  # every part of it may be empty
+    return "".join(part or "" for part in match.groups())
