@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mrcfile
@@ -69,7 +70,13 @@ def test_an_interrupted_prep_says_how_far_it_came_and_goes_on(tmp_path, write_pa
     store = tmp_path / "store"
     words = [source, store, "--images-per-shard", 64, "--workers", 2]
     command = [sys.executable, "-m", "spire_dist.cli", "prep", *map(str, words)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & ignores it
+    )
     deadline = time.monotonic() + 120
     while not list((store / ".prep").glob("shard-*")):
         assert process.poll() is None, "finished before it could be interrupted"
