@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ class Mesh:
     """Among the ranks of this machine."""
     axes: DeviceMesh | None = None
     """None for one process alone."""
+    all_ranks: DeviceMesh | None = None
+    """The same ranks in one line."""
 
     @property
     def replicate(self) -> int:
@@ -46,6 +49,12 @@ class Mesh:
     def gauss_rank(self) -> int:
         """Which share of the Gaussians this rank holds."""
         return self.rank % self.gauss
+
+    def line(self, axis: Literal["gauss", "world"]) -> DeviceMesh:
+        """The ranks along which a tensor's rows are divided, as DTensor wants them."""
+        assert self.axes is not None
+        assert self.all_ranks is not None
+        return self.axes["gauss"] if axis == "gauss" else self.all_ranks
 
     @property
     def world_group(self) -> dist.ProcessGroup | None:
@@ -93,7 +102,7 @@ def init_distributed(gauss: int, device: str, timeout_s: float) -> Iterator[Mesh
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
         axes = init_device_mesh(device, (world // gauss, gauss), mesh_dim_names=("replicate", "gauss"))
-        yield Mesh(dist.get_rank(), world, gauss, local_rank, axes)
+        yield Mesh(dist.get_rank(), world, gauss, local_rank, axes, init_device_mesh(device, (world,)))
     finally:
         dist.destroy_process_group()
 
