@@ -297,9 +297,11 @@ def train(
 
         batch = max(loaded.stage1.batch, loaded.stage2.batch)
         with ray_blocks(loaded.data.store, run, batch, loaded.data.workers or READERS) as blocks:
-            train_run(loaded, run, blocks)
+            first = train_run(loaded, run, blocks)
     else:
-        train_run(loaded, run)
+        first = train_run(loaded, run)
+    if not first:
+        return
     refused = None
     try:
         export(run, run, frames=loaded.output.volumes, star=None)
@@ -426,7 +428,8 @@ def main() -> None:
     try:
         app()
     except SpireError as error:
-        print(f"spire-dist: {error}", file=sys.stderr)
+        if str(error):  # else another rank has said it
+            print(f"spire-dist: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

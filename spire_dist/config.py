@@ -98,6 +98,8 @@ class StageConfig(Section):
     """Share of the peak step sizes reached at the end of the stage (cosine in between)."""
     cut: float = Field(default=4.0, ge=3, le=8)
     """Standard deviations at which a Gaussian ends in the projector."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Norm to which a longer gradient is shortened, that of everything but a table's latents; by default none is."""
     rates: RatesConfig = RatesConfig()
     """Step sizes."""
 
@@ -136,6 +138,20 @@ class PartsConfig(Section):
     """Anchors in all: clusters are split in space, the largest first, until there are this many (level 2)."""
 
 
+class ParallelConfig(Section):
+    """How the ranks of a run share the work; may change whenever a run goes on, as may their number."""
+
+    gauss: int = Field(default=1, ge=1)
+    """Ranks that share the Gaussians of one model; it divides their number. 1: every rank has all Gaussians and images of its
+    own, the best below some 100,000 Gaussians."""
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    """Who adds up gradients and makes steps: `ddp`, each rank all of what it has, or DeepSpeed, which can divide it (ZeRO)."""
+    zero: int = Field(default=1, ge=0, le=3)
+    """DeepSpeed: what is divided among ranks. 0 nothing, 1 the optimiser's state, 2 gradients too, 3 parameters too."""
+    timeout_s: float = Field(default=600, gt=0)
+    """Seconds a rank waits for another one before it gives up and names it."""
+
+
 class OutputConfig(Section):
     """What a run writes while it trains."""
 
@@ -164,6 +180,7 @@ class RunConfig(Section):
     stage1: StageConfig = StageConfig()
     parts: PartsConfig = PartsConfig()
     stage2: HierarchyConfig = HierarchyConfig()
+    parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig = OutputConfig()
     projector: Literal["auto", "torch", "numba", "triton", "triton-dense"] = "auto"
     """How Gaussians become images; `auto` takes the local splat of the device: numba on a CPU, Triton on a GPU."""

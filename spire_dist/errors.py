@@ -31,3 +31,17 @@ class Stopped(SpireError):
     """A run that saved and left on request (Ctrl-C, TERM, time limit); running the same command goes on."""
 
     exit_code = 75  # EX_TEMPFAIL: "try again", what batch systems requeue on
+
+
+class RankLostError(SpireError, RuntimeError):
+    """Other ranks of a run have died or hang. What was saved is whole; starting again goes on from there."""
+
+    exit_code = 1
+
+
+class ElsewhereError(SpireError):
+    """An error that another rank has already told the user."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code

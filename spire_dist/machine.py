@@ -17,3 +17,10 @@ def cores() -> int:
 def local_ranks() -> int:
     """Ranks on this node, this one among them, as torchrun and our own launcher tell."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def own_cores() -> int:
+    """Cores for this rank: those that Slurm gave each task, else an equal share of the node's."""
+    if "SLURM_STEP_ID" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
+        return min(cores(), int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(1, cores() // local_ranks())

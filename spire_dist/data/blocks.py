@@ -25,7 +25,7 @@ from spire_dist.data.order import Order
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.stopping import STOP_SIGNALS
 from spire_dist.errors import StoreError
-from spire_dist.machine import cores, local_ranks
+from spire_dist.machine import own_cores
 
 Blocks = Callable[[Order, int, int, int], Generator[NDArray[Any]]]
 """(order, rank, world, first block) -> images of that block, of the next one, ..."""
@@ -62,7 +62,7 @@ def choose_workers(wanted: int | None, device: torch.device) -> int:
     """
     if wanted is not None:
         return wanted
-    return max(0, min(GPU_WORKERS, cores() // local_ranks() - 1)) if device.type == "cuda" else 0
+    return max(0, min(GPU_WORKERS, own_cores() - 1)) if device.type == "cuda" else 0
 
 
 @dataclass(eq=False)

@@ -65,7 +65,9 @@ def save_checkpoint(
     if not there:
         divided = {name: _whole(part, mesh) for name, part in tensors.items()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no process group is wanted by one alone
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled"
+            )  # no process group is wanted by one alone
             dcp.save(divided, checkpoint_id=partial, no_dist=mesh.axes is None)
     if mesh.rank == 0:
         if not there:
@@ -79,20 +81,22 @@ def save_checkpoint(
     return folder
 
 
+def read_facts(run: Path) -> dict[str, Any] | None:
+    """What the checkpoint `latest` names says beside its tensors. Raises RunError where it is not complete."""
+    if not (run / "latest").exists():
+        return None
+    return json.loads((_newest(run) / FACTS).read_text())["facts"]
+
+
 def load_checkpoint(run: Path, mesh: Mesh = ALONE) -> tuple[Tensors, dict[str, Any]] | None:
     """Tensors and facts of the checkpoint `latest` names, on the CPU, each rank with its rows; None where there is none.
 
     One process alone gets every tensor whole. Raises RunError for a damaged one. Only numbers are read back: a checkpoint
     from elsewhere cannot run code.
     """
-    pointer = run / "latest"
-    if not pointer.exists():
+    if not (run / "latest").exists():
         return None
-    folder = run / "checkpoints" / pointer.read_text().strip()
-    if not (folder / COMMIT).exists():
-        raise RunError(
-            f"{pointer}: names {folder.name}, which is not a complete checkpoint; name another of {run}/checkpoints"
-        )
+    folder = _newest(run)
     try:
         described = json.loads((folder / FACTS).read_text())
         reader = _Reader(folder)
@@ -117,10 +121,20 @@ def load_checkpoint(run: Path, mesh: Mesh = ALONE) -> tuple[Tensors, dict[str, A
     ) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(
-            f"{folder}: cannot be read ({reason}); remove the folder, write the name of an older one into {pointer} and "
-            "run again"
+            f"{folder}: cannot be read ({reason}); remove the folder, write the name of an older one into "
+            f"{run / 'latest'} and run again"
         ) from error
     return room, described["facts"]
+
+
+def _newest(run: Path) -> Path:
+    pointer = run / "latest"
+    folder = run / "checkpoints" / pointer.read_text().strip()
+    if not (folder / COMMIT).exists():
+        raise RunError(
+            f"{pointer}: names {folder.name}, which is not a complete checkpoint; name another of {run}/checkpoints"
+        )
+    return folder
 
 
 def _whole(part: Tensor | Rows, mesh: Mesh) -> Tensor:

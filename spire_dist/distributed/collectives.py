@@ -5,17 +5,23 @@ what every rank of the group needs of the others' particles the other way round.
 all-reduce with the same loss on every rank would do too, but with gradients G times too large.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from spire_dist.distributed.mesh import Mesh
+from spire_dist.distributed.pulse import WAITING
+from spire_dist.errors import ElsewhereError, SpireError
 
 # torch 2.13 renamed both; older ones do not know the new names, newer ones warn of the old.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Group = dist.ProcessGroup | None
+Found = TypeVar("Found")
 
 
 def gather(own: Tensor, group: Group) -> Tensor:
@@ -35,28 +41,71 @@ def sum_over(tensors: Iterable[Tensor], group: Group) -> None:
     if group is None or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat, group=group)
+    with WAITING.counted():
+        dist.all_reduce(flat, group=group)
     for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(summed.view_as(tensor))
 
 
-@torch.no_grad()
-def broadcast(tensors: Iterable[Tensor], group: Group) -> None:
-    """Give every rank of a group the first one's values, in place."""
+def sum_to_first(tensor: Tensor, group: Group) -> None:
+    """Add up a tensor of every rank on the first one, in place; the others' are of no use then."""
     if group is not None:
-        for tensor in tensors:
-            dist.broadcast(tensor, group=group, group_src=0)
+        with WAITING.counted():
+            dist.reduce(tensor, group=group, group_dst=0)
+
+
+def exchange(leaving: Tensor, leaving_counts: list[int], arriving_counts: list[int], group: Group) -> Tensor:
+    """Rows that every rank sends to every other: `leaving` [sum, ...] are sorted by who gets them, the result by who sent."""
+    if group is None:
+        return leaving
+    arrived = leaving.new_empty(sum(arriving_counts), *leaving.shape[1:])
+    with WAITING.counted():
+        dist.all_to_all_single(arrived, leaving.contiguous(), arriving_counts, leaving_counts, group=group)
+    return arrived
+
+
+def everyones(own: object, group: Group) -> list:
+    """A small object of every rank, rank by rank, on all of them."""
+    if group is None:
+        return [own]
+    found: list[object] = [None] * group.size()
+    with WAITING.counted():
+        dist.all_gather_object(found, own, group=group)
+    return found
+
+
+def first_alone(mesh: Mesh, work: Callable[[], Found]) -> Found | None:
+    """What `work()` returns on the first rank, which alone does it; the others wait and get None.
+
+    A user's mistake (SpireError) ends all of them: the first one raises it, the others ElsewhereError with its exit code.
+    """
+    found, error = None, None
+    if mesh.rank == 0:
+        try:
+            found = work()
+        except SpireError as refused:
+            error = refused
+    if mesh.pulse is not None:
+        with WAITING.counted():  # no collective, which would give up after some minutes
+            code = mesh.pulse.from_first(error.exit_code if error else 0)
+        if code != 0 and mesh.rank != 0:
+            raise ElsewhereError(code)
+    if error is not None:
+        raise error
+    return found
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     result = own.new_empty(group.size() * len(own), *own.shape[1:])
-    _gather_into(result, own.contiguous(), group=group)
+    with WAITING.counted():
+        _gather_into(result, own.contiguous(), group=group)
     return result
 
 
 def _scattered(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
     result = partial.new_empty(len(partial) // group.size(), *partial.shape[1:])
-    _scatter_into(result, partial.contiguous(), group=group)
+    with WAITING.counted():
+        _scatter_into(result, partial.contiguous(), group=group)
     return result
 
 

@@ -8,6 +8,7 @@ replicate group hold the same share and see different images. One process alone 
 
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from spire_dist.errors import ConfigError
+from spire_dist.distributed.pulse import Pulse
+from spire_dist.errors import ConfigError, RankLostError, SpireError
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torch and DeepSpeed read; torchrun sets them, under srun we do."""
+DEFAULTS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
 PORTS = range(20000, 30000)
 """For the meeting of a Slurm job's ranks; the job's number chooses."""
 
@@ -39,6 +42,8 @@ class Mesh:
     """None for one process alone."""
     all_ranks: DeviceMesh | None = None
     """The same ranks in one line."""
+    pulse: Pulse | None = None
+    """Tells whether the others live; where there are others."""
 
     @property
     def replicate(self) -> int:
@@ -73,38 +78,91 @@ class Mesh:
 
 
 @contextmanager
-def init_distributed(gauss: int, device: str, timeout_s: float) -> Iterator[Mesh]:
+def init_distributed(gauss: int, device: str, timeout_s: float, groups: bool = False) -> Iterator[Mesh]:
     """The mesh of the ranks that were started together, for as long as the block lasts.
 
     Args:
         gauss: G, ranks that share the Gaussians.
         device: "cuda" (each rank takes the GPU of its number on the machine; NCCL) or "cpu" (gloo).
         timeout_s: how long a rank waits for the others before it gives up.
+        groups: groups also for one process alone, which DeepSpeed wants.
 
-    Raises ConfigError where `gauss` does not divide the ranks, or a rank has no GPU.
+    Raises ConfigError where `gauss` does not divide the ranks, or a rank has no GPU; RankLostError, which names the ranks,
+    where others have died or hang.
 
     """
     launched = launch_variables(os.environ)
-    world, local_rank = int(launched.get("WORLD_SIZE", 1)), int(launched.get("LOCAL_RANK", 0))
+    world, rank, local_rank = (int(launched.get(name, default)) for name, default in DEFAULTS.items())
     if world % gauss:
         raise ConfigError(f"parallel.gauss = {gauss}: does not divide the {world} rank(s) of this run")
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"rank {launched.get('RANK', 0)}: number {local_rank} of its machine, which has {torch.cuda.device_count()} "
-                "GPU(s); start one rank for each"
+                f"rank {rank}: number {local_rank} of its machine, which has {torch.cuda.device_count()} GPU(s); start one "
+                "rank for each"
             )
         torch.cuda.set_device(local_rank)
-    if world == 1:
+    if world == 1 and not groups:
         yield Mesh()
         return
-    os.environ |= launched
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    os.environ |= launched or _place_alone()
+    store, hosted_by = _meeting_place(rank, world, timedelta(seconds=timeout_s))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), store=store, rank=rank, world_size=world)
+        pulse = Pulse(rank, world, hosted_by, timeout_s) if world > 1 else None
         axes = init_device_mesh(device, (world // gauss, gauss), mesh_dim_names=("replicate", "gauss"))
-        yield Mesh(dist.get_rank(), world, gauss, local_rank, axes, init_device_mesh(device, (world,)))
+    except RuntimeError as error:
+        raise RankLostError(
+            f"rank {rank}: the {world} ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+            f"{timeout_s:g} s ({_first_line(error)}); see whether all were started"
+        ) from error
+    try:
+        yield Mesh(rank, world, gauss, local_rank, axes, init_device_mesh(device, (world,)), pulse)
+    except SpireError as error:
+        if pulse is not None:
+            pulse.leave(str(error))
+        raise
+    except RuntimeError as error:
+        if pulse is None or not _of_the_network(error):
+            raise
+        lost = RankLostError(f"rank {rank}: {pulse.who_is_missing()} ({_first_line(error)})")
+        pulse.leave(str(lost))
+        raise lost from error
     finally:
+        if pulse is not None:
+            pulse.stop()
         dist.destroy_process_group()
+
+
+def _place_alone() -> dict[str, str]:
+    """What a launcher would have set for one process."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        values = "0", "1", "0", "localhost", str(free.getsockname()[1])
+    return dict(zip(LAUNCH_VARIABLES, values, strict=True))
+
+
+def _meeting_place(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, str]:
+    """Where ranks find each other, and who keeps it.
+
+    torchrun may keep it for them, and then for all its restarts: there, what the dead wrote must not be read.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(address, port, world, rank == 0 and not of_torchrun, timeout, wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_torchrun else "0"
+    return dist.PrefixStore(f"attempt{attempt}", store), "torchrun" if of_torchrun else "rank 0"
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    """Whether a collective failed, and not this rank itself: gloo and NCCL have no better name for it."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Gloo"))
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -128,8 +186,18 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "MASTER_ADDR": environment.get("MASTER_ADDR", first_node(nodes)),
             "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+            "LOCAL_WORLD_SIZE": str(_tasks_here(environment)),
         }
     return {}
+
+
+def _tasks_here(environment: Mapping[str, str]) -> int:
+    """Ranks on this node by Slurm's list of them, "4(x2),3" for 4, 4 and 3."""
+    counts: list[int] = []
+    for entry in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        tasks, _, nodes = entry.rstrip(")").partition("(x")
+        counts += [int(tasks)] * int(nodes or 1)
+    return counts[int(environment.get("SLURM_NODEID", 0)) % len(counts)]
 
 
 def first_node(nodes: str) -> str:

@@ -1,4 +1,4 @@
-"""Latents: one vector per particle, free (a table) or read off the image (an encoder)."""
+"""Latents: one vector per particle, free (`latent_table.py`) or read off the image, by the encoder here."""
 
 import torch
 from torch import Tensor, nn
@@ -8,18 +8,6 @@ from spire_dist.physics.ctf import frequency_grid, shift_phases
 
 START_SPREAD = 0.1
 """Standard deviation of a table's start: enough to break the symmetry between particles."""
-
-
-class LatentTable(nn.Module):
-    """The paper's auto-decoder: a free vector per particle [N, L]. Gradients are sparse: only the batch's rows move."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Embedding.from_pretrained(values.clone(), freeze=False, sparse=True)
-
-    def forward(self, rows: Tensor, images: Tensor, ctf: Tensor, rotations: Tensor, shifts_px: Tensor) -> Tensor:
-        """Latents [B, L] of particles `rows` [B]; the rest is what an encoder would look at."""
-        return self.rows(rows)
 
 
 class ImageEncoder(nn.Module):
@@ -41,7 +29,7 @@ class ImageEncoder(nn.Module):
             nn.Linear(width, config.dimension),
         )
 
-    def forward(self, rows: Tensor, images: Tensor, ctf: Tensor, rotations: Tensor, shifts_px: Tensor) -> Tensor:
+    def forward(self, images: Tensor, ctf: Tensor, rotations: Tensor, shifts_px: Tensor) -> Tensor:
         """Latents [B, L] from transforms `images` and `ctf` [B, D, D // 2 + 1], rotations [B, 3, 3], shifts [B, 2] px."""
         small = centred_small_images(images * torch.sign(ctf), shifts_px, self.small)
         return self.layers(torch.cat([small.flatten(1), rotations.flatten(1)], dim=1))
@@ -56,11 +44,6 @@ def centred_small_images(transforms: Tensor, shifts_px: Tensor, small: int) -> T
     return torch.fft.irfft2(rows[:, :, : half + 1] * back, s=(small, small)) * (small / box)
 
 
-Latents = LatentTable | ImageEncoder
-
-
-def build_latents(count: int, box: int, config: LatentConfig, generator: torch.Generator) -> Latents:
-    """The latents of stage 1 for `count` particles of side `box`."""
-    if config.kind == "table":
-        return LatentTable(START_SPREAD * torch.randn(count, config.dimension, generator=generator))
-    return ImageEncoder(box, config)
+def starting_latents(count: int, dimension: int, seed: int) -> Tensor:
+    """Latents [count, dimension] that a table starts with."""
+    return START_SPREAD * torch.randn(count, dimension, generator=torch.Generator().manual_seed(seed))

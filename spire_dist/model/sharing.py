@@ -4,12 +4,14 @@ Every rank renders its own Gaussians for all images of its group; the partial im
 its own particles. Networks, anchors and encoder are on every rank.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spire_dist.distributed.collectives import gather, scatter_sum, sum_over
+from spire_dist.distributed.collectives import Group, gather, scatter_sum, sum_over
 from spire_dist.distributed.mesh import Mesh
 from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.image_model import render
@@ -71,31 +73,33 @@ def render_shared(
     return scatter_sum(partial, group)
 
 
-def reduce_gradients(mixture: Mixture, others: list[nn.Parameter], mesh: Mesh) -> None:
-    """From the gradients of every rank's own loss to those of the mean over ranks, in place.
+def reduce_shared(gaussians: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    """From the gradients of this group's images to those of the mean over ranks, in place, of a rank's own Gaussians."""
+    _reduce(gaussians, mesh.replicate_group, mesh.world)
 
-    The Gaussians of a rank have them of its group's images: summed over the groups. Networks, anchors and `others` (an
-    encoder's) have them of its Gaussians or its images: summed over all ranks. A table's rows, which belong to one rank
-    alone, are only divided.
+
+def reduce_common(common: Iterable[nn.Parameter], mesh: Mesh) -> None:
+    """The same of what every rank has: networks and anchors have the gradients of its Gaussians, an encoder of its images.
+
+    (A table's rows, which belong to one rank alone, are only divided.)
     """
-    shared = list(mixture.gaussians.parameters())
-    own = {id(parameter) for parameter in shared}
-    everywhere = [parameter for parameter in mixture.parameters() if id(parameter) not in own] + others
-    sum_over(_gradients(shared), mesh.replicate_group)
-    sum_over(_gradients(everywhere), mesh.world_group)
-    for gradient in _gradients(shared + everywhere):
-        gradient /= mesh.world
+    _reduce(common, mesh.world_group, mesh.world)
 
 
-def gradient_norm(mixture: Mixture, others: list[nn.Parameter], mesh: Mesh) -> Tensor:
+def gradient_norm(gaussians: Iterable[nn.Parameter], common: Iterable[nn.Parameter], mesh: Mesh) -> Tensor:
     """Norm of the reduced gradient of the whole model: every Gaussian and every other parameter counted once."""
-    shared = list(mixture.gaussians.parameters())
-    own = {id(parameter) for parameter in shared}
-    everywhere = [parameter for parameter in mixture.parameters() if id(parameter) not in own] + others
-    squares = torch.stack([gradient.square().sum() for gradient in _gradients(shared)]).sum()
+    squares = _square(gaussians)
     sum_over([squares], mesh.gauss_group)
-    return (squares + torch.stack([g.square().sum() for g in _gradients(everywhere)]).sum()).sqrt()
+    return (squares + _square(common)).sqrt()
 
 
-def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+def _reduce(parameters: Iterable[nn.Parameter], group: Group, world: int) -> None:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sum_over(gradients, group)
+    if world > 1:
+        for gradient in gradients:
+            gradient /= world
+
+
+def _square(parameters: Iterable[nn.Parameter]) -> Tensor:
+    return torch.stack([p.grad.square().sum() for p in parameters if p.grad is not None]).sum()

@@ -6,29 +6,38 @@ padded grid, and the map is divided by that kernel's transform. Two halves are k
 final map (Rosenthal & Henderson 2003, C_ref = √(2 FSC / (1 + FSC))).
 """
 
-import math
-
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from spire_dist.data.loader import BatchSource
+from spire_dist.distributed.collectives import sum_to_first
+from spire_dist.distributed.mesh import Mesh
 from spire_dist.physics import kernels_cpu
 from spire_dist.physics.ctf import frequency_grid, shift_phases
 from spire_dist.progress import progress
 
 BATCH = 256
+ALONE = Mesh()
 FLOOR = 0.05
 """Fourier voxels seen with less than this share of their shell's mean weight are damped."""
 
 
-def back_project(source: BatchSource, padding: int = 2) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
-    """(map, two half maps), each [D, D, D], of all particles of a source; density per pixel length."""
+def back_project(
+    source: BatchSource, padding: int = 2, mesh: Mesh = ALONE
+) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]] | None:
+    """(map, two half maps), each [D, D, D], of all particles of a source; density per pixel length.
+
+    Ranks share the particles; the first one gets the result, the others None.
+    """
     box = source.store.box
     grid = padding * box
     sums = [(np.zeros((grid,) * 3, np.complex64), np.zeros((grid,) * 3, np.float32)) for _ in range(2)]
-    count = math.ceil(source.store.count / BATCH)
     frequencies = frequency_grid(box, 1.0)
-    for batch in progress(source.sequence(BATCH), "consensus", total=count, unit="batch"):
+    batches = range(mesh.rank * BATCH, source.store.count, mesh.world * BATCH)
+    shown = progress(batches, "consensus", unit="batch") if mesh.rank == 0 else batches
+    for start in shown:
+        batch = source.batch(np.arange(start, min(start + BATCH, source.store.count)))
         images, ctf = batch.images, batch.ctf
         # Back by the shift, and by box // 2, so that the particle's centre is the origin of the phases.
         centring = shift_phases(-(batch.shifts_px + box // 2), *frequencies)
@@ -40,6 +49,11 @@ def back_project(source: BatchSource, padding: int = 2) -> tuple[NDArray[np.floa
             kernels_cpu.insert_sections(
                 numerators[rows], weights[rows], rotations[rows], float(padding), numerator, weight
             )
+    for half in sums:
+        for array in half:  # complex numbers as pairs
+            sum_to_first(torch.from_numpy(array.view(np.float32)), mesh.world_group)
+    if mesh.rank != 0:
+        return None
     halves = [_invert(numerator, weight, box) for numerator, weight in sums]
     merged = _invert(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1], box)
     return _weighted_by_fsc(merged, halves), halves

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +23,14 @@ from numpy.typing import NDArray
 from spire_dist import __version__
 from spire_dist.config import RunConfig, dump_config, load_config, with_absolute_paths
 from spire_dist.data.store import ParticleStore
-from spire_dist.distributed.checkpoint import load_checkpoint
 from spire_dist.errors import ConfigError, RunError
 from spire_dist.files import write_durably
 from spire_dist.machine import cores
-from spire_dist.model.gaussians import Gaussians
-from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
+from spire_dist.model.mixtures import Mixture
 from spire_dist.physics.projector import render_volume
+from spire_dist.training.saving import mixture_from_state, read_state
 
-FREE_TO_CHANGE = ("output", "threads", "device", "projector", "data")
+FREE_TO_CHANGE = ("output", "threads", "device", "projector", "data", "parallel")
 """Settings that may differ when a run is continued; all others decide what is computed. (A store may have moved: its
 fingerprint tells whether it is the same.)"""
 
@@ -117,31 +115,6 @@ def write_status(run: Path, state: str, stage: int, step: int, message: str = ""
     write_durably(run / "STATUS.json", json.dumps(record) + "\n")
 
 
-def mixture_from_state(state: dict[str, Any], config: RunConfig) -> Mixture:
-    """The model of a checkpoint's stage, with the checkpoint's shapes and values."""
-    saved = state["mixture"]
-    gaussians = Gaussians(
-        saved["gaussians.offsets"],
-        saved["gaussians.log_widths"].exp(),
-        saved["gaussians.features"],
-        float(saved["gaussians.unit"]),
-    )
-    mixture: Mixture
-    if state["stage"] == 1:
-        mixture = CoarseMixture(gaussians, config.latent.dimension, config.stage1)
-    else:
-        mixture = HierarchicalMixture(
-            gaussians,
-            saved["anchor_of"],
-            saved["anchor_centres"],
-            saved["anchor_features"],
-            config.latent.dimension,
-            config.stage2,
-        )
-    mixture.load_state_dict(saved)
-    return mixture
-
-
 @dataclass(frozen=True)
 class FinishedRun:
     """A trained run, for looking at: everything in Å and numpy. G Gaussians, N particles, latents of L numbers."""
@@ -195,9 +168,9 @@ def load_run(run: Path, stage: int | None = None) -> FinishedRun:
         raise RunError(f"{run}: not a run directory (no config.toml); give the --run of a `spire-dist train`")
     config = load_config(run / "config.toml")
     folder = run / "stage1" if stage == 1 else run
-    state = load_checkpoint(folder)
+    state = read_state(folder)
     if state is None or not (folder / "latents.npy").exists():
         raise RunError(f"{folder}: training has not ended; run `spire-dist train --run {run}` again to go on")
     mixture = mixture_from_state(state, config).eval()
     latents, parts = np.load(folder / "latents.npy"), np.load(folder / "parts.npy")
-    return FinishedRun(run, config, ParticleStore.open(config.data.store), mixture, state["stage"], latents, parts)
+    return FinishedRun(run, config, ParticleStore.open(config.data.store), mixture, state.stage, latents, parts)

@@ -1,10 +1,11 @@
 """`train`: a whole run, from particles to parts, latents and a trained hierarchy; going on where it stopped."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
@@ -16,34 +17,46 @@ from torch import Tensor
 from spire_dist.config import RunConfig
 from spire_dist.data.blocks import Blocks, choose_workers, local_blocks
 from spire_dist.data.loader import BatchSource
+from spire_dist.data.order import Order
 from spire_dist.data.resident import resident_images
 from spire_dist.data.store import ParticleStore
-from spire_dist.distributed.checkpoint import load_checkpoint, save_checkpoint
+from spire_dist.distributed.checkpoint import ALONE, read_facts
+from spire_dist.distributed.collectives import everyones, first_alone
+from spire_dist.distributed.mesh import Mesh, init_distributed
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.errors import ConfigError, SourceError, Stopped
 from spire_dist.files import replacing
-from spire_dist.machine import cores
+from spire_dist.machine import own_cores
 from spire_dist.maps import read_map, write_map
-from spire_dist.model.latents import Latents, LatentTable, build_latents
-from spire_dist.model.mixtures import Mixture
+from spire_dist.model.latent_table import at_home
+from spire_dist.model.latents import ImageEncoder, starting_latents
+from spire_dist.model.mixtures import CoarseMixture
 from spire_dist.physics.projector import choose_backend
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
-from spire_dist.training.run import mixture_from_state, open_run, sole_trainer, write_status
+from spire_dist.training.run import open_run, sole_trainer, write_status
+from spire_dist.training.saving import (
+    State,
+    encoder_from_state,
+    load_trainee,
+    mixture_from_state,
+    read_state,
+    save_trainee,
+    write_model,
+    write_start,
+)
 from spire_dist.training.stages import find_parts, seed_coarse, seed_hierarchy
-from spire_dist.training.trainer import Trainee, build_optimisers, train_stage
+from spire_dist.training.trainer import train_stage
 
 SAMPLE_IMAGES = 512
 """Images the seed's amplitude is fitted to."""
 PIXELS_PER_THREAD = 2**20
 """Of a batch, for one thread of torch beside the kernels."""
-STEPS_PER_STAGE = 10**8
-"""Checkpoints are numbered by stage and step in it, in one number that sorts."""
 
 
 @dataclass(frozen=True)
 class _Session:
-    """What every step of one run needs."""
+    """What every step of one run needs, on this rank."""
 
     run: Path
     source: BatchSource
@@ -51,61 +64,96 @@ class _Session:
     device: torch.device
     log: RunLog
     stop: StopFlag
+    mesh: Mesh
 
 
-def train(config: RunConfig, run: Path, blocks: Blocks | None = None) -> None:
+def train(config: RunConfig, run: Path, blocks: Blocks | None = None) -> bool:
     """Train both stages into the directory `run`, or go on with what is there; returns when all is done.
 
-    `blocks` reads the particles in place of this process (`spire_dist.data.blocks`; that of `data.loader = "ray"` is made
-    by `cluster.ray_loader`).
+    Every rank of a run calls this (`distributed.mesh`); whether this one is the first is returned, which looks after what comes
+    next. `blocks` reads the particles in place of this process (`spire_dist.data.blocks`; that of `data.loader = "ray"` is
+    made by `cluster.ray_loader`).
 
-    Raises ConfigError, StoreError or RunError for what the user can mend, Stopped (exit code 75) after saving on request.
+    Raises ConfigError, StoreError or RunError for what the user can mend, Stopped (exit code 75) after saving on request,
+    RankLostError where other ranks are gone; ElsewhereError where another rank has told the user.
     """
     if config.data.loader == "ray" and blocks is None:
         raise ConfigError(
             "data.loader = ray: its readers come from cluster.ray_loader; hand them to train(..., blocks=...)"
         )
+    device, parallel = _choose_device(config), config.parallel
+    groups = parallel.engine == "deepspeed"  # it wants them even for one process
+    with (
+        StopFlag() as stop,
+        init_distributed(parallel.gauss, device.type, parallel.timeout_s, groups) as mesh,
+        ExitStack() as held,
+    ):
+        first_alone(mesh, lambda: _prepare(config, run, device, mesh, held))
+        store = ParticleStore.open(config.data.store)
+        facts = read_facts(run)
+        where = (facts["stage"], facts["step"]) if facts else (1, 0)
+        if facts is not None and (run / "latents.npy").exists():
+            if mesh.rank == 0:
+                say(f"{run}: training is complete (stage 2, step {where[1]})")
+                write_status(run, "complete", *where)
+            return mesh.rank == 0
+        with _status(run, where) if mesh.rank == 0 else nullcontext():
+            threads = use_threads(config, store.box, device)
+            if mesh.rank == 0:
+                projector = choose_backend(device, wanted=config.projector)
+                say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, "
+                    f"{_ranks(mesh, config)}{threads} threads, projector {projector}")  # fmt: skip
+            source = open_source(config, store, device, blocks)
+            elapsed_s = facts["elapsed_s"] if facts else 0.0
+            log = RunLog(run, config.output.log_seconds, device, where, elapsed_s, mesh)
+            _train_both(_Session(run, source, config, device, log, stop, mesh), where if facts else None)
+            log.close()
+        return mesh.rank == 0
+
+
+def _prepare(config: RunConfig, run: Path, device: torch.device, mesh: Mesh, held: ExitStack) -> None:
+    """On the first rank: check what was asked for, make the run directory or check it, and hold it."""
     store = ParticleStore.open(config.data.store)
-    device = _choose_device(config)
-    projector = choose_backend(device, wanted=config.projector)
-    machine = f"{device}, {use_threads(config, store.box, device)} threads, projector {projector}"
+    choose_backend(device, wanted=config.projector)
     if not store.has_poses:
         raise ConfigError(
             f"data.store = {store.path}: prepared without poses; prepare it from a file with poses (or --poses)"
         )
+    for stage in (config.stage1, config.stage2):
+        Order(store.count, store.images_per_chunk, stage.batch, config.seed).portion(0, 0, mesh.world)
+        if stage.gaussians < mesh.gauss:
+            raise ConfigError(f"parallel.gauss = {mesh.gauss}: more ranks than Gaussians ({stage.gaussians}) to share")
     open_run(run, config, store)
-    with sole_trainer(run):
-        _begin_or_go_on(config, run, store, device, machine, blocks)
+    held.enter_context(sole_trainer(run))
 
 
-def _begin_or_go_on(
-    config: RunConfig, run: Path, store: ParticleStore, device: torch.device, machine: str, blocks: Blocks | None
-) -> None:
-    """The whole run from wherever its checkpoint stands; STATUS.json follows."""
-    state = load_checkpoint(run)
-    where = (state["stage"], state["step"]) if state else (1, 0)
-    if state is not None and (run / "latents.npy").exists():
-        say(f"{run}: training is complete (stage 2, step {where[1]})")
-        write_status(run, "complete", *where)
-        return
+@contextmanager
+def _status(run: Path, where: tuple[int, int]) -> Iterator[None]:
+    """STATUS.json follows the run, on the first rank."""
     write_status(run, "training", *where)
-    say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {machine}")
     try:
-        with StopFlag() as stop:
-            source = open_source(config, store, device, blocks)
-            log = RunLog(run, config.output.log_seconds, device, where, state["elapsed_s"] if state else 0.0)
-            volume = consensus_map(run, source, config)
-            session = _Session(run, source, config, device, log, stop)
-            if state is None or state["stage"] == 1:
-                state = _first_stage(session, volume, state)
-            _second_stage(session, state)
-            log.close()
+        yield
     except BaseException as error:
         status = json.loads((run / "STATUS.json").read_text())  # the last save
         state_now = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
         write_status(run, state_now, status["stage"], status["step"], str(error) or type(error).__name__)
         raise
-    write_status(run, "complete", 2, load_checkpoint(run)["step"])  # type: ignore[index]
+    write_status(run, "complete", 2, read_facts(run)["step"])  # type: ignore[index]
+
+
+def _train_both(session: _Session, where: tuple[int, int] | None) -> None:
+    """The whole run from wherever its checkpoint stands. A stage begins with a checkpoint that the first rank writes alone."""
+    run, source, config, mesh = session.run, session.source, session.config, session.mesh
+    volume = consensus_map(run, source, config, mesh)
+    if where is None:
+        first_alone(mesh, lambda: _begin_first_stage(session, volume))
+    if where is None or where[0] == 1:
+        _train(session)
+        latents = all_latents(run, source, config, mesh)
+        first_alone(mesh, lambda: _begin_second_stage(session, latents))
+    _train(session)
+    latents = all_latents(run, source, config, mesh)
+    first_alone(mesh, lambda: _write_results(run, _state(run), latents, config))
 
 
 def open_source(
@@ -117,126 +165,130 @@ def open_source(
     return BatchSource(store, resident, device, blocks or partial(local_blocks, store, workers))
 
 
-def consensus_map(run: Path, source: BatchSource, config: RunConfig) -> NDArray[np.float32]:
-    """The seed map [D, D, D] of a run: the one given, resampled to the store's box, or the back-projected particles."""
+def consensus_map(run: Path, source: BatchSource, config: RunConfig, mesh: Mesh = ALONE) -> NDArray[np.float32] | None:
+    """The seed map [D, D, D] of a run: the one given, resampled to the store's box, or the back-projected particles.
+
+    All ranks project; the first one has the map, the others None.
+    """
     path, box, pixel_size = run / "volumes" / "consensus.mrc", source.store.box, source.store.pixel_size
-    if path.exists():
+    if everyones(path.exists(), mesh.world_group)[0]:
         return read_map(path)[0]
-    if config.consensus.map is not None:
+    found = back_project(source, config.consensus.padding, mesh) if config.consensus.map is None else None
+    return first_alone(mesh, lambda: _write_consensus(path, found, config, box, pixel_size))
+
+
+def _write_consensus(
+    path: Path,
+    found: tuple[NDArray[np.float32], list[NDArray[np.float32]]] | None,
+    config: RunConfig,
+    box: int,
+    pixel_size: float,
+) -> NDArray[np.float32]:
+    if found is None:
+        assert config.consensus.map is not None
         volume = _resample(*read_map(config.consensus.map), box, pixel_size)
         if volume.max() <= -volume.min():
             raise SourceError(f"{config.consensus.map}: density from {volume.min():.3g} to {volume.max():.3g} looks inverted; "
                               "give a map in which protein is positive")  # fmt: skip
     else:
-        volume, halves = back_project(source, config.consensus.padding)
+        volume, halves = found
         for number, half in enumerate(halves, start=1):
             write_map(path.with_name(f"consensus_half{number}.mrc"), half, pixel_size)
     if not volume.max() > 0:
         raise SourceError(
-            f"{config.consensus.map or source.store.path}: the consensus map has no positive density; check the sign"
+            f"{config.consensus.map or config.data.store}: the consensus map has no positive density; check the sign"
         )
     write_map(path, volume, pixel_size)
     return volume
 
 
-def all_latents(latents: Latents, source: BatchSource) -> Tensor:
-    """Latents [N, L] of all particles in store order, on the CPU."""
-    latents = latents.cpu()
-    with torch.no_grad():
-        if isinstance(latents, LatentTable):
-            return latents.rows.weight.detach().clone()
-        batches = source.sequence(SAMPLE_IMAGES)
-        return torch.cat([latents(b.rows, b.images, b.ctf, b.rotations, b.shifts_px) for b in batches])
+@torch.no_grad()
+def all_latents(run: Path, source: BatchSource, config: RunConfig, mesh: Mesh) -> Tensor:
+    """Latents [N, L] of all particles in store order, by the newest checkpoint; an encoder's are made by all ranks."""
+    state = _state(run)
+    if state.latents is not None:
+        return state.latents[:, 0].clone()
+    encoder, count = encoder_from_state(state, source.store.box, config), source.store.count
+    run_length = -(-count // mesh.world)
+    own = np.arange(count)[mesh.rank * run_length : (mesh.rank + 1) * run_length]
+    pieces = [np.empty((0, config.latent.dimension), np.float32)]
+    for start in range(0, len(own), SAMPLE_IMAGES):
+        batch = source.batch(own[start : start + SAMPLE_IMAGES])
+        pieces.append(encoder(batch.images, batch.ctf, batch.rotations, batch.shifts_px).numpy())
+    return torch.from_numpy(np.concatenate(everyones(np.concatenate(pieces), mesh.world_group)))
 
 
-def _first_stage(session: _Session, volume: NDArray[np.float32], state: dict[str, Any] | None) -> dict[str, Any]:
-    """Stage 1 to its end; returns its last state, which is also kept in `stage1/`."""
-    source, config, kept = session.source, session.config, session.run / "stage1"
-    torch.manual_seed(config.seed)
-    mixture = seed_coarse(volume, config, source.batch(np.arange(min(SAMPLE_IMAGES, source.store.count))))
-    latents = build_latents(
-        source.store.count, source.store.box, config.latent, torch.Generator().manual_seed(config.seed)
-    )
-    trainee = _trainee(session, 1, mixture, latents, state)
-    state = _train(session, trainee)
-    if not (kept / "latents.npy").exists():
-        values, cpu_mixture = all_latents(trainee.latents, source), trainee.mixture.cpu()
-        parts = find_parts(cpu_mixture, values, config)  # type: ignore[arg-type]
-        _write_results(kept, state, values, torch.from_numpy(parts.anchor_of))
-    return state
-
-
-def _second_stage(session: _Session, state: dict[str, Any]) -> None:
-    """Parts, the hierarchy seeded from stage 1, and its training."""
-    source, config = session.source, session.config
-    torch.manual_seed(config.seed + 2)
-    if state["stage"] == 1:
-        coarse = mixture_from_state(state, config)
-        values = torch.from_numpy(np.load(session.run / "stage1" / "latents.npy"))
-        parts = find_parts(coarse, values, config)  # type: ignore[arg-type]
-        sizes = np.bincount(parts.anchor_of)
-        say(f"parts: {len(np.unique(parts.cluster))} clusters of features, {len(parts.anchors)} anchors with "
-            f"{', '.join(map(str, sizes))} Gaussians")  # fmt: skip
-        mixture: Mixture = seed_hierarchy(coarse, parts, values, config)  # type: ignore[arg-type]
-        latents: Latents = LatentTable(values)
-        if config.latent.kind == "encoder":
-            latents = _latents_from_state(state, source, config)
-        trainee = _trainee(session, 2, mixture, latents, None)
-    else:
-        latents = _latents_from_state(state, source, config)
-        trainee = _trainee(session, 2, mixture_from_state(state, config), latents, state)
-    state = _train(session, trainee)
-    _write_results(session.run, state, all_latents(trainee.latents, source), state["mixture"]["anchor_of"])
-
-
-def _trainee(
-    session: _Session, stage: int, mixture: Mixture, latents: Latents, state: dict[str, Any] | None
-) -> Trainee:
-    """A stage ready to train on the session's device, taking over `state` where there is one."""
-    mixture, latents = mixture.to(session.device), latents.to(session.device)
-    settings = session.config.stage1 if stage == 1 else session.config.stage2
-    trainee = Trainee(stage, mixture, latents, build_optimisers(mixture, latents, settings.rates))
-    if state is not None:
-        trainee.restore(state)
-        say(f"going on at stage {stage}, step {trainee.step}")
-    return trainee
-
-
-def _latents_from_state(state: dict[str, Any], source: BatchSource, config: RunConfig) -> Latents:
-    if state["latent_kind"] == "table":
-        return LatentTable(state["latents"]["rows.weight"])
-    latents = build_latents(source.store.count, source.store.box, config.latent, torch.Generator())
-    latents.load_state_dict(state["latents"])
-    return latents
-
-
-def _train(session: _Session, trainee: Trainee) -> dict[str, Any]:
-    """Train one stage to its end and return its last saved state."""
-    run, source, config, log = session.run, session.source, session.config, session.log
-
-    def save() -> None:
-        state = trainee.state() | {"elapsed_s": log.elapsed_s, "store_fingerprint": source.store.fingerprint}
-        save_checkpoint(run, trainee.stage * STEPS_PER_STAGE + trainee.step, state, config.output.keep)
-        write_status(run, "training", trainee.stage, trainee.step)
-
-    stage = config.stage1 if trainee.stage == 1 else config.stage2
-    train_stage(trainee, source, config, stage, log, session.stop, save)
-    save()
-    state = load_checkpoint(run)  # what comes next works on the CPU, wherever this stage was trained
+def _state(run: Path) -> State:
+    """The newest checkpoint, whole."""
+    state = read_state(run)
     assert state is not None
     return state
 
 
-def _write_results(folder: Path, state: dict[str, Any], latents: Tensor, parts: Tensor) -> None:
-    """latents.npy last: it marks the stage as ended."""
+def _begin_first_stage(session: _Session, volume: NDArray[np.float32] | None) -> None:
+    """The coarse model, seeded from the map."""
+    source, config = session.source, session.config
+    assert volume is not None
+    torch.manual_seed(config.seed)
+    mixture = seed_coarse(volume, config, source.batch(np.arange(min(SAMPLE_IMAGES, source.store.count))))
+    if config.latent.kind == "table":
+        latents = at_home(starting_latents(source.store.count, config.latent.dimension, config.seed))
+    else:
+        latents = ImageEncoder(source.store.box, config.latent)
+    write_start(session.run, 1, mixture, latents, source, config, session.log.elapsed_s)
+
+
+def _begin_second_stage(session: _Session, latents: Tensor) -> None:
+    """Stage 1's results, kept in `stage1/`; its parts; and the hierarchy seeded from them."""
+    run, source, config, state = session.run, session.source, session.config, _state(session.run)
+    torch.manual_seed(config.seed + 2)
+    coarse = mixture_from_state(state, config)
+    assert isinstance(coarse, CoarseMixture)
+    parts = find_parts(coarse, latents, config)
+    if not (run / "stage1" / "latents.npy").exists():
+        _write_results(run / "stage1", state, latents, config, torch.from_numpy(parts.anchor_of))
+    sizes = np.bincount(parts.anchor_of)
+    say(f"parts: {len(np.unique(parts.cluster))} clusters of features, {len(parts.anchors)} anchors with "
+        f"{', '.join(map(str, sizes))} Gaussians")  # fmt: skip
+    mixture = seed_hierarchy(coarse, parts, latents, config)
+    encoded = config.latent.kind == "encoder"
+    start = encoder_from_state(state, source.store.box, config) if encoded else at_home(latents)
+    write_start(run, 2, mixture, start, source, config, session.log.elapsed_s)
+
+
+def _train(session: _Session) -> None:
+    """Train the stage of the newest checkpoint to its end, and save that."""
+    run, source, config, log, mesh = session.run, session.source, session.config, session.log, session.mesh
+    trainee = load_trainee(run, source, config, mesh, session.device)
+    if trainee.step > 0 and mesh.rank == 0:
+        say(f"going on at stage {trainee.stage}, step {trainee.step}")
+
+    def save() -> None:
+        save_trainee(run, trainee, source, config, log.elapsed_s)
+        if mesh.rank == 0:
+            write_status(run, "training", trainee.stage, trainee.step)
+
+    train_stage(trainee, source, config, log, session.stop, save)
+    save()
+
+
+def _write_results(folder: Path, state: State, latents: Tensor, config: RunConfig, parts: Tensor | None = None) -> None:
+    """latents.npy last: it marks the stage as ended. Of stage 1, whose `parts` are found only now, also its model."""
     folder.mkdir(exist_ok=True)
-    if folder.name == "stage1":
-        save_checkpoint(
-            folder, STEPS_PER_STAGE + state["step"], {k: v for k, v in state.items() if k != "optimisers"}, keep=1
-        )
+    if parts is None:
+        parts = state.model["mixture.anchor_of"]
+    else:
+        write_model(folder, state, config)
     np.save(folder / "parts.npy", parts.numpy())
     with replacing(folder / "latents.npy") as partial:
         np.save(partial, latents.numpy())
+
+
+def _ranks(mesh: Mesh, config: RunConfig) -> str:
+    if mesh.world == 1:
+        return "" if config.parallel.engine == "ddp" else f"DeepSpeed ZeRO-{config.parallel.zero}, "
+    engine = "" if config.parallel.engine == "ddp" else f", DeepSpeed ZeRO-{config.parallel.zero}"
+    return f"{mesh.world} ranks (replicate {mesh.replicate} × gauss {mesh.gauss}{engine}), each "
 
 
 def _resample(volume: NDArray[np.float32], given_a: float, box: int, pixel_size: float) -> NDArray[np.float32]:
@@ -258,7 +310,7 @@ def use_threads(config: RunConfig, box: int, device: torch.device) -> int:
     Beside the kernels of a CPU torch gets a thread per `PIXELS_PER_THREAD` of a batch. What is left to it are transforms,
     sums and small products: below that size waking a thread takes longer than its share of the work.
     """
-    wanted = config.threads or cores()
+    wanted = config.threads or own_cores()
     count = min(wanted, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     pixels = max(config.stage1.batch, config.stage2.batch) * box**2
     torch.set_num_threads(max(1, min(count, pixels // PIXELS_PER_THREAD)) if device.type == "cpu" else wanted)

@@ -1,22 +1,28 @@
-"""The training loop, the same for both stages: batch, latents, predicted images, loss, step; log; save."""
+"""The training loop, the same for both stages and any number of ranks: batch, latents, images, loss, step; log; save."""
 
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spire_dist.config import RatesConfig, RunConfig, StageConfig
+from spire_dist.config import RunConfig
 from spire_dist.data.loader import Batch, BatchSource, Prefetcher
+from spire_dist.data.order import Order
+from spire_dist.distributed.collectives import everyones, sum_over
+from spire_dist.distributed.mesh import Mesh
 from spire_dist.distributed.stopping import StopFlag
-from spire_dist.errors import RunError, Stopped
-from spire_dist.model.image_model import render, squared_residuals
-from spire_dist.model.latents import Latents, LatentTable
+from spire_dist.errors import ElsewhereError, RunError, Stopped
+from spire_dist.model.latent_table import LatentTable
+from spire_dist.model.latents import ImageEncoder
 from spire_dist.model.mixtures import Mixture
+from spire_dist.training.deepspeed_engine import DeepSpeed
+from spire_dist.training.engines import DataParallel, Engine
 from spire_dist.training.metrics import RunLog
+from spire_dist.training.objective import Objective
 from spire_dist.training.schedule import rate_factor
 
 
@@ -26,128 +32,117 @@ class Trainee:
 
     stage: int
     mixture: Mixture
-    latents: Latents
-    optimisers: list[torch.optim.Optimizer]
+    """Of this rank: its share of the Gaussians."""
+    table: LatentTable | None
+    encoder: ImageEncoder | None
+    """One of the two makes latents."""
+    engine: Engine
+    mesh: Mesh
     step: int = 0
 
-    def state(self) -> dict[str, Any]:
-        """Tensors and numbers that continue this stage exactly."""
-        return {
-            "stage": self.stage,
-            "step": self.step,
-            "mixture": self.mixture.state_dict(),
-            "latents": self.latents.state_dict(),
-            "latent_kind": "table" if isinstance(self.latents, LatentTable) else "encoder",
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-        }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over a saved state of the same shapes."""
-        self.mixture.load_state_dict(state["mixture"])
-        self.latents.load_state_dict(state["latents"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        self.step = state["step"]
-
-
-def build_optimisers(mixture: Mixture, latents: Latents, rates: RatesConfig) -> list[torch.optim.Optimizer]:
-    """Adam with one step size per kind of parameter; a latent table gets the sparse form, which moves only visited rows.
-
-    (A dense Adam would move the rows of absent particles on, by their old momentum.)
-    """
-    kinds: dict[str, list[nn.Parameter]] = {
-        "centres_px": [],
-        "widths": [],
-        "amplitudes": [],
-        "features": [],
-        "networks": [],
-    }
-    names = {"offsets": "centres_px", "anchor_centres": "centres_px", "log_widths": "widths", "amplitudes": "amplitudes",
-             "features": "features", "anchor_features": "features"}  # fmt: skip
-    for name, parameter in mixture.named_parameters():
-        kinds[names.get(name.split(".")[-1], "networks")].append(parameter)
-    table = isinstance(latents, LatentTable)
-    if not table:
-        kinds["networks"].extend(latents.parameters())
-    groups = [{"params": members, "lr": getattr(rates, kind)} for kind, members in kinds.items() if members]
-    optimisers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)]
-    if table:
-        optimisers.append(torch.optim.SparseAdam(list(latents.parameters()), lr=rates.latents, betas=(0.9, 0.99)))
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["peak"] = group["lr"]
-    return optimisers
+def build_trainee(
+    stage: int,
+    mixture: Mixture,
+    latents: LatentTable | ImageEncoder,
+    config: RunConfig,
+    count: int,
+    mesh: Mesh,
+    step: int = 0,
+) -> Trainee:
+    """A stage of a run on `count` particles, with its engine. Raises ConfigError for what the engine cannot do."""
+    table = latents if isinstance(latents, LatentTable) else None
+    encoder = latents if isinstance(latents, ImageEncoder) else None
+    objective = Objective(mixture, encoder, config, stage, count, mesh)
+    ours = config.parallel.engine == "ddp"
+    engine = DataParallel(objective) if ours else DeepSpeed(objective, config.parallel)
+    return Trainee(stage, mixture, table, encoder, engine, mesh, step)
 
 
-def batch_loss(
-    trainee: Trainee, batch: Batch, config: RunConfig, stage: StageConfig, warm: bool, count: int
-) -> tuple[Tensor, Tensor]:
-    """(objective, mean squared residual per pixel) of one batch.
-
-    Objective, in nats per image: ½ |I - CTF · P|² + λ_z |z|² + λ_f Σ|df|² / N (equation 7; images have unit noise).
-    During warm-up every latent is zero, so that the static Gaussians settle first.
-    """
-    box = batch.images.shape[-2]
-    z = trainee.latents(batch.rows, batch.images, batch.ctf, batch.rotations, batch.shifts_px)
-    seen = torch.zeros_like(z) if warm else z
-    projections = render(trainee.mixture, seen, batch.rotations, batch.shifts_px, box, stage.cut, config.projector)
-    squared = squared_residuals(projections, batch.ctf, batch.images)
-    prior = config.latent.weight * z.square().sum(1)
-    objective = (0.5 * squared + prior).mean() + trainee.mixture.regulariser() / count
-    return objective, squared.detach().mean() / box**2
+def training_order(source: BatchSource, config: RunConfig, stage: int) -> Order:
+    """The order in which a stage sees the particles."""
+    return source.order((config.stage1 if stage == 1 else config.stage2).batch, config.seed + stage)
 
 
 def train_stage(
-    trainee: Trainee,
-    source: BatchSource,
-    config: RunConfig,
-    stage: StageConfig,
-    log: RunLog,
-    stop: StopFlag,
-    save: Callable[[], None],
+    trainee: Trainee, source: BatchSource, config: RunConfig, log: RunLog, stop: StopFlag, save: Callable[[], None]
 ) -> None:
     """Train to the end of the stage; `save()` is called at intervals and before leaving. Raises Stopped on request."""
-    count = source.store.count
-    order = source.order(stage.batch, config.seed + trainee.stage)
+    mesh, stage = trainee.mesh, config.stage1 if trainee.stage == 1 else config.stage2
+    order = training_order(source, config, trainee.stage)
     per_epoch = order.steps_per_epoch
     total, warmup = round(stage.epochs * per_epoch), round(stage.warmup_epochs * per_epoch)
-    data = Prefetcher(source.training(order, trainee.step))
+    data = Prefetcher(source.training(order, trainee.step, mesh.rank, mesh.world))
     saved_at = time.monotonic()
     log.restart_interval()
     try:
         while trainee.step < total:
+            if mesh.pulse is not None:
+                mesh.pulse.step = trainee.step
             batch = data.next()
             factor = rate_factor(trainee.step, total, stage.final_rate)
-            objective, residual = batch_loss(trainee, batch, config, stage, trainee.step < warmup, count)
-            for optimiser in trainee.optimisers:
-                optimiser.zero_grad()
-            objective.backward()
-            for optimiser in trainee.optimisers:
-                for group in optimiser.param_groups:
-                    group["lr"] = factor * group["peak"]
-                optimiser.step()
+            own = learn(trainee, batch, factor, factor * stage.rates.latents, trainee.step < warmup)
             trainee.step += 1
-            value, loss = torch.stack([objective.detach(), residual]).tolist()  # the one wait for a GPU in a step
-            if not math.isfinite(value):
-                raise RunError(_not_finite(trainee, batch, source))
-            log.count(len(batch.rows), loss)
-            if log.due() or trainee.step == total:
+            asked = stop.requested is not None
+            due = mesh.rank == 0 and (log.due() or trainee.step == total)
+            late = mesh.rank == 0 and time.monotonic() - saved_at > config.output.save_seconds
+            objective, squared, stopping, logging, saving = agree(own, [asked, due, late], mesh)
+            if not math.isfinite(objective):
+                raise _not_finite(trainee, batch, source, bool(torch.isfinite(own[0])))
+            log.count(batch.total, squared / batch.total, len(batch.rows))
+            if logging:
                 log.write(trainee.stage, trainee.step, total, trainee.step / per_epoch, data.waited_s)
-            if stop.requested or time.monotonic() - saved_at > config.output.save_seconds:
+            if stopping or saving:
                 save()
                 saved_at = time.monotonic()
-            if stop.requested:
-                where = f"step {trainee.step} of stage {trainee.stage}"
-                raise Stopped(f"stopped by {stop.requested.name} and saved at {where}; run the same command to go on")
+            if stopping:
+                raise _stopped(trainee, stop)
     finally:
         data.close()
 
 
-def _not_finite(trainee: Trainee, batch: Batch, source: BatchSource) -> str:
-    store, rows = source.store, batch.rows.cpu().numpy()
+def learn(trainee: Trainee, batch: Batch, factor: float, latent_rate: float, warm: bool) -> Tensor:
+    """One step on a rank's batch; returns its (objective, sum of squared residuals per pixel), [2]."""
+    latents = None
+    if trainee.table is not None:
+        trainee.table.visit(trainee.step)
+        latents = trainee.table(batch.rows)
+    objective, squared = trainee.engine(batch, latents, warm)
+    trainee.engine.descend(objective, factor)
+    if trainee.table is not None:
+        trainee.table.descend(latent_rate)
+    return torch.stack([objective.detach(), squared])
+
+
+def agree(own: Tensor, flags: list[bool], mesh: Mesh) -> list[float]:
+    """Sums over ranks of `own` and of the flags, so that all ranks do the same; the one wait for a GPU in a step."""
+    if mesh.world == 1:
+        return [*own.tolist(), *flags]
+    message = torch.cat([own, torch.tensor(flags, dtype=own.dtype).to(own.device, non_blocking=True)])
+    sum_over([message], mesh.world_group)
+    return message.tolist()
+
+
+def _stopped(trainee: Trainee, stop: StopFlag) -> Stopped | ElsewhereError:
+    asked = everyones(stop.requested.name if stop.requested else None, trainee.mesh.world_group)
+    if trainee.mesh.rank != 0:
+        return ElsewhereError(Stopped.exit_code)
+    name = next(name for name in asked if name is not None)
+    return Stopped(
+        f"stopped by {name} and saved at step {trainee.step} of stage {trainee.stage}; run the same command to go on"
+    )
+
+
+def _not_finite(trainee: Trainee, batch: Batch, source: BatchSource, good: bool) -> RunError | ElsewhereError:
+    """The error, on the first rank, with the particles of those ranks whose loss it was."""
+    bad = [] if good else batch.rows[:8].tolist()
+    rows = np.array([row for rows in everyones(bad, trainee.mesh.world_group) for row in rows], dtype=np.int64)
+    if trainee.mesh.rank != 0:
+        return ElsewhereError(RunError.exit_code)
+    store = source.store
     number = store.source[rows[0]]
     rows = store.source_index[rows[store.source[rows] == number]] + 1
-    return (
+    return RunError(
         f"stage {trainee.stage}, step {trainee.step}: the loss is not finite; the batch holds rows {rows[:8].tolist()}... of "
         f"{store.sources[number]}, counted from 1; start a new --run with lower stage{trainee.stage}.rates"
     )

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -43,13 +44,14 @@ def ranks() -> Iterator[Ranks]:
                 "MASTER_PORT": port,
             }
             pipe.send((function, gauss, {name: str(value) for name, value in place.items()}, arguments))
-        found = []
-        for rank, pipe in enumerate(pipes[:world]):
-            assert pipe.poll(PATIENCE_S), f"rank {rank} of {world} says nothing"
-            result, error = pipe.recv()
-            assert error is None, f"rank {rank} of {world}:\n{error}"
-            found.append(result)
-        return found
+        found, end = dict[int, Any](), time.monotonic() + PATIENCE_S
+        while len(found) < world:  # the first that fails tells why, the others may wait for it
+            rank = next((r for r, pipe in enumerate(pipes[:world]) if r not in found and pipe.poll(0.01)), None)
+            assert rank is not None or time.monotonic() < end, f"of {world} ranks only {sorted(found)} answer"
+            if rank is not None:
+                found[rank], error = pipes[rank].recv()
+                assert error is None, f"rank {rank} of {world}:\n{error}"
+        return [found[rank] for rank in range(world)]
 
     yield call
     for process in processes:

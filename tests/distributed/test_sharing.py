@@ -5,13 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from spire_dist.config import HierarchyConfig, StageConfig
-from spire_dist.distributed.collectives import broadcast, gather, scatter_sum, sum_over
+from spire_dist.config import HierarchyConfig, RunConfig, StageConfig
+from spire_dist.distributed.collectives import gather, scatter_sum, sum_over, sum_to_first
 from spire_dist.distributed.mesh import Mesh
 from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.image_model import squared_residuals
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
-from spire_dist.model.sharing import gradient_norm, own_share, placement, reduce_gradients, render_shared, share
+from spire_dist.model.sharing import gradient_norm, own_share, placement, reduce_common, reduce_shared, render_shared, share
+from spire_dist.training.objective import Objective
+from spire_dist.training.optimiser import split
 
 MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2)]
 """(replicate, gauss)"""
@@ -67,11 +69,13 @@ def _trained(mesh: Mesh, kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
     projections = render_shared(mesh, mixture, latents, own["rotations"], own["shifts"], BOX, 5.0)
     loss = squared_residuals(projections, own["ctf"], own["observed"]).mean()
     (loss + mesh.gauss * mixture.regulariser()).backward()
-    reduce_gradients(mixture, [], mesh)
+    gaussians, common = split(dict(Objective(mixture, None, RunConfig(), 1, 1, mesh).named_parameters()))
+    reduce_shared(gaussians.values(), mesh)
+    reduce_common(common.values(), mesh)
     rows = share(COUNT, mesh.gauss_rank, mesh.gauss)
     found = {"projections": projections.detach(), "latents": latents.grad / mesh.world, "rows": torch.from_numpy(rows)}
     found |= {name: parameter.grad for name, parameter in mixture.named_parameters()}
-    return found | {"norm": gradient_norm(mixture, [], mesh)}
+    return found | {"norm": gradient_norm(gaussians.values(), common.values(), mesh)}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -125,8 +129,8 @@ def _exchanged(mesh: Mesh) -> dict[str, Tensor]:
     (summed * (mesh.rank + 1)).sum().backward()
     several = [torch.full((2,), float(mesh.rank)), torch.full((1, 3), 2.0)]
     sum_over(several, group)
-    first = torch.tensor([5.0 + mesh.rank])
-    broadcast([first], group)
+    first = torch.full((2,), 5.0 + mesh.rank)
+    sum_to_first(first, group)
     return {
         "gathered": gathered.detach(), "own": own.grad, "summed": summed.detach(), "partial": partial.grad,
         "several": torch.cat([t.flatten() for t in several]), "first": first,
@@ -149,4 +153,4 @@ def test_collectives_and_their_gradients(ranks, world):
             found["partial"], torch.arange(1.0, world + 1).repeat_interleave(2)[:, None].expand(-1, 2)
         )
         assert found["several"].tolist() == [world * (world - 1) / 2] * 2 + [2.0 * world] * 3
-        assert found["first"].item() == 5
+    assert results[0]["first"].tolist() == [sum(5.0 + rank for rank in range(world))] * 2

@@ -1,15 +1,12 @@
-"""Latents: rows that are not seen do not move; the encoder's view of an image against numpy and scipy."""
+"""Latents: how a table starts; the encoder's view of an image against numpy and scipy."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import fourier_shift
 
-from spire_dist.config import LatentConfig, RatesConfig, StageConfig
-from spire_dist.model.gaussians import Gaussians
-from spire_dist.model.latents import ImageEncoder, LatentTable, build_latents, centred_small_images
-from spire_dist.model.mixtures import CoarseMixture
-from spire_dist.training.trainer import build_optimisers
+from spire_dist.config import LatentConfig
+from spire_dist.model.latents import ImageEncoder, centred_small_images, starting_latents
 
 
 def band_limited(box: int, cutoff: float, seed: int = 0):
@@ -45,44 +42,24 @@ def test_white_noise_keeps_its_variance(small):
     )  # an even one loses Nyquist's phase
 
 
-def test_rows_outside_the_batch_do_not_move():
-    table = LatentTable(torch.randn(20, 3))
-    gaussians = Gaussians(torch.randn(4, 3), torch.ones(4), torch.randn(4, 2))
-    optimisers = build_optimisers(CoarseMixture(gaussians, 3, StageConfig(hidden=4)), table, RatesConfig())
-    nothing = torch.empty(0)
-    for rows in ([1, 5, 7], [5, 9]):  # 1 and 7 have momentum in the second step
-        before = table.rows.weight.detach().clone()
-        for optimiser in optimisers:
-            optimiser.zero_grad()
-        seen = torch.tensor(rows)
-        table(seen, nothing, nothing, nothing, nothing).square().sum().backward()
-        for optimiser in optimisers:
-            optimiser.step()
-        moved = (table.rows.weight.detach() != before).any(dim=1)
-        assert torch.nonzero(moved).flatten().tolist() == rows
-
-
-def test_the_table_starts_small_and_the_same_for_a_seed():
-    config = LatentConfig(kind="table", dimension=3)
-    first, second = (build_latents(500, 16, config, torch.Generator().manual_seed(1)) for _ in range(2))
-    assert isinstance(first, LatentTable)
-    assert isinstance(second, LatentTable)
-    assert torch.equal(first.rows.weight, second.rows.weight)
-    assert 0 < float(first.rows.weight.detach().std()) < 0.5
+def test_latents_start_small_and_the_same_for_a_seed():
+    first, second, third = (starting_latents(500, 3, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+    assert 0 < float(first.std()) < 0.5
 
 
 @pytest.mark.parametrize("kind", ["encoder", "encoder+table"])
 @pytest.mark.parametrize(("box", "encoder_box"), [(16, 32), (33, 16), (24, 15)])
 def test_the_encoder_ignores_the_shift_and_the_sign_of_the_ctf(kind, box, encoder_box):
     config = LatentConfig(kind=kind, dimension=2, encoder_width=8, encoder_box=encoder_box)
-    encoder = build_latents(10, box, config, torch.Generator())
-    assert isinstance(encoder, ImageEncoder)
+    encoder = ImageEncoder(box, config)
     image = torch.fft.rfft2(torch.from_numpy(band_limited(box, 0.4)).float()[None])
-    rotations, rows = torch.eye(3)[None], torch.tensor([0])
+    rotations = torch.eye(3)[None]
     ctf = torch.where(torch.rand(image.shape) < 0.5, -1.0, 1.0)
     shift = torch.tensor([[2.0, -3.0]])
     fy, fx = torch.fft.fftfreq(box)[:, None], torch.fft.rfftfreq(box)[None, :]
     angle = -2 * torch.pi * (2.0 * fx - 3.0 * fy)
     moved = image * torch.polar(torch.ones_like(angle), angle)
-    plain = encoder(rows, image, torch.ones_like(ctf), rotations, torch.zeros(1, 2))
-    torch.testing.assert_close(encoder(rows, ctf * moved, ctf, rotations, shift), plain, rtol=1e-3, atol=1e-4)
+    plain = encoder(image, torch.ones_like(ctf), rotations, torch.zeros(1, 2))
+    torch.testing.assert_close(encoder(ctf * moved, ctf, rotations, shift), plain, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,146 @@
+"""DeepSpeed as the engine of a run: the same steps, with optimiser, gradients or parameters divided among ranks (ZeRO).
+
+With Gaussians shared over a group (gauss > 1) it has what every rank holds alike, networks and anchors; a rank's Gaussians,
+which already are divided, keep an Adam of their own.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from spire_dist.config import ParallelConfig
+from spire_dist.data.loader import Batch
+from spire_dist.errors import ConfigError
+from spire_dist.model.sharing import reduce_shared
+from spire_dist.training.objective import Objective
+from spire_dist.training.optimiser import adam, adam_memory, remember_adam, set_rates, split
+
+
+class DeepSpeed:
+    """DeepSpeed's engine, configured from ours and saved through ours: its own files fit only as many ranks as wrote them."""
+
+    def __init__(self, objective: Objective, config: ParallelConfig) -> None:
+        deepspeed = _import_deepspeed()
+        mesh = self.mesh = objective.mesh
+        stage, shared = objective.stage, mesh.gauss > 1
+        if shared and stage.clip_norm is not None:
+            raise ConfigError("clip_norm with parallel.engine = deepspeed and parallel.gauss > 1: DeepSpeed sees only the norm "
+                              "of what it holds; use engine ddp or gauss 1")  # fmt: skip
+        if shared and config.zero == 3:
+            raise ConfigError("parallel.zero = 3 with parallel.gauss > 1: what is left to divide are networks, which every "
+                              "step needs whole; use zero 0, 1 or 2")  # fmt: skip
+        self.objective, self.zero = objective, config.zero
+        named = dict(objective.named_parameters())
+        self.own, _ = split(named) if shared else ({}, {})
+        self.named = {name: parameter for name, parameter in named.items() if name not in self.own}
+        self.own_optimiser = adam(self.own, stage.rates) if self.own else None
+        settings = {
+            "train_micro_batch_size_per_gpu": stage.batch // mesh.world,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": stage.clip_norm or 0.0,
+            "steps_per_print": 2**31,
+            "zero_optimization": {
+                "stage": config.zero,
+                "reduce_bucket_size": max(2**16, sum(p.numel() for p in self.named.values())),  # it allocates one
+                "stage3_param_persistence_threshold": 0,
+                "stage3_prefetch_bucket_size": 0,
+            },
+        }
+        for parameter in self.own.values():
+            parameter.requires_grad_(False)  # not for DeepSpeed to find
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.engine, *_ = deepspeed.initialize(
+                model=objective, optimizer=adam(self.named, stage.rates), config=settings
+            )
+        for parameter in self.own.values():
+            parameter.requires_grad_(True)
+        if (
+            config.zero == 3
+        ):  # centres and the like are used by the objective, not by a forward of the module they belong to
+            for parameter in self.named.values():
+                deepspeed.zero.register_external_parameter(objective, parameter)
+
+    def __call__(self, batch: Batch, latents: Tensor | None, warm: bool) -> tuple[Tensor, Tensor]:
+        """See Engine."""
+        return self.engine(batch, latents, warm)
+
+    def descend(self, objective: Tensor, factor: float) -> None:
+        """See Engine."""
+        for parameter in self.own.values():
+            parameter.grad = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # of collectives that torch renamed
+            self.engine.backward(objective)
+            set_rates(self.engine.optimizer, factor)
+            self.engine.step()
+        if self.own_optimiser is not None:
+            reduce_shared(self.own.values(), self.mesh)
+            set_rates(self.own_optimiser, factor)
+            self.own_optimiser.step()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """See Engine."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole = safe_get_full_fp32_param if self.zero == 3 else Tensor.detach
+        theirs: dict[str, Any] = {name: whole(parameter) for name, parameter in self.named.items()}
+        return theirs | {name: parameter.detach() for name, parameter in self.own.items()}
+
+    def memory(self) -> dict[str, Tensor]:
+        """See Engine."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        own = adam_memory(self.own_optimiser, self.own) if self.own_optimiser is not None else {}
+        if self.zero == 0:
+            return adam_memory(self.engine.optimizer, self.named) | own
+        means: dict[str, Any] = {f"{name}/{key}": safe_get_full_optimizer_state(parameter, key)
+                 for name, parameter in self.named.items() for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+        steps = {f"{name}/step": self._steps()[0].clone() for name in self.named}
+        return means | steps | own
+
+    def remember(self, memory: Mapping[str, Tensor]) -> None:
+        """See Engine."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        if self.own_optimiser is not None:
+            remember_adam(self.own_optimiser, self.own, memory)
+        if self.zero == 0:
+            remember_adam(self.engine.optimizer, self.named, memory)
+            return
+        self._make_room()
+        for name, parameter in self.named.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                safe_set_full_optimizer_state(parameter, memory[f"{name}/{key}"].to(self.engine.device), key)
+        for step in self._steps():
+            step.fill_(memory[f"{next(iter(self.named))}/step"].item())
+
+    def _make_room(self) -> None:
+        """A step of size zero on no image, after which DeepSpeed's optimiser has a state that can be overwritten."""
+        objective, _ = self.engine(*self.objective.nothing(self.engine.device))
+        self.engine.backward(objective)
+        set_rates(self.engine.optimizer, 0.0)
+        self.engine.step()
+
+    def _steps(self) -> list[Tensor]:
+        """Adam's counts of steps, of the flat tensors that DeepSpeed made of the parameters."""
+        return [state["step"] for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, told not to compile anything: of its operators it would build one that only inference uses."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+            import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(
+            "parallel.engine = deepspeed: it is not installed here; pip install 'spire-dist[deepspeed]'"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
