@@ -4,6 +4,7 @@ A user's mistake prints one line and ends with exit code 2, a run stopped on req
 keeps its traceback. Functions are imported inside the verbs, so that `--help` and mistakes in options answer at once.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -282,6 +283,8 @@ def train(
     store: Annotated[Path | None, typer.Option(help="Particle store (data.store).")] = None,
     preset: Annotated[str | None, typer.Option(help="demo, cryobench or empiar: values under the file's.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable; wins.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine, one for each GPU.")] = 1,
+    restarts: Annotated[int, typer.Option(min=0, help="How often to start them again after a crash.")] = 3,
 ) -> None:
     """Train both stages; then write maps, latents, parts and the report. Ctrl-C saves; the same command goes on."""
     from spire_dist.config import load_config
@@ -289,6 +292,10 @@ def train(
     from spire_dist.results.report import write_report
     from spire_dist.training.train import train as train_run
 
+    if processes > 1 and "RANK" not in os.environ:
+        from spire_dist.distributed.launch import launch
+
+        raise typer.Exit(launch([sys.executable, "-m", "spire_dist.cli", *sys.argv[1:]], processes, restarts))
     again = config is None and preset is None and (run / "config.toml").exists()
     overrides = [*(settings or []), *([f"data.store={str(store.resolve())!r}"] if store else [])]
     loaded = load_config(run / "config.toml" if again else config, preset, overrides)

@@ -119,6 +119,7 @@ def init_distributed(gauss: int, device: str, timeout_s: float, groups: bool = F
         ) from error
     try:
         yield Mesh(rank, world, gauss, local_rank, axes, init_device_mesh(device, (world,)), pulse)
+        dist.barrier()  # the first rank, which may keep the store, leaves last
     except SpireError as error:
         if pulse is not None:
             pulse.leave(str(error))
@@ -162,7 +163,9 @@ def _of_the_network(error: RuntimeError) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
+    """Without the place in gloo's source."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return re.sub(r"^\[/[^]]*\]\s*", "", line)[:120]
 
 
 def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:

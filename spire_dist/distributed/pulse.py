@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -62,7 +62,8 @@ class Pulse:
 
     def leave(self, reason: str) -> None:
         """Tell the others why this rank ends."""
-        self._write("left", reason)
+        with suppress(RuntimeError):  # where its keeper has left, nobody is there to be told
+            self._write("left", reason)
 
     def stop(self) -> None:
         """End the thread."""
@@ -78,6 +79,9 @@ class Pulse:
         key = f"pulse{self._attempt}/told/{self._told}"
         if self.rank == 0:
             self._store.set(key, str(number))
+            end = time.monotonic() + self._timeout_s
+            while number and time.monotonic() < end and self._store.add(f"{key}/heard", 0) < self.world - 1:
+                time.sleep(POLL_S)  # it will leave, and may be the store's keeper
             return number
         last, since = None, time.monotonic()
         try:
@@ -89,6 +93,7 @@ class Pulse:
                 if reason is not None or time.monotonic() - since > self._timeout_s:
                     ended = f"ended: {reason}" if reason else f"has given no sign for {self._timeout_s:g} s"
                     raise RankLostError(f"rank {self.rank}: rank 0, for which all wait, {ended}")
+            self._store.add(f"{key}/heard", 1)
             return int(self._store.get(key))
         except RuntimeError as error:  # all that the store raises
             if isinstance(error, RankLostError):

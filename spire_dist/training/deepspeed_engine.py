@@ -6,10 +6,11 @@ which already are divided, keep an Adam of their own.
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from spire_dist.config import ParallelConfig
 from spire_dist.data.loader import Batch
@@ -17,6 +18,21 @@ from spire_dist.errors import ConfigError
 from spire_dist.model.sharing import reduce_shared
 from spire_dist.training.objective import Objective
 from spire_dist.training.optimiser import adam, adam_memory, remember_adam, set_rates, split
+
+
+class _Held(nn.Module):
+    """What DeepSpeed is to hold, and no more.
+
+    Of a rank's own Gaussians it must not know: it gives all ranks the first one's parameters, and adds up all gradients.
+    """
+
+    def __init__(self, objective: Objective, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.parameters_held = nn.ParameterList(parameters)
+        self._objective = (objective,)  # in a tuple it is no part of this module
+
+    def forward(self, batch: Batch, latents: Tensor | None, warm: bool) -> tuple[Tensor, Tensor]:
+        return self._objective[0](batch, latents, warm)
 
 
 class DeepSpeed:
@@ -49,20 +65,21 @@ class DeepSpeed:
                 "stage3_prefetch_bucket_size": 0,
             },
         }
-        for parameter in self.own.values():
-            parameter.requires_grad_(False)  # not for DeepSpeed to find
+        held = _Held(objective, self.named.values())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.engine, *_ = deepspeed.initialize(
-                model=objective, optimizer=adam(self.named, stage.rates), config=settings
+                model=held, optimizer=adam(self.named, stage.rates), config=settings
             )
-        for parameter in self.own.values():
-            parameter.requires_grad_(True)
-        if (
-            config.zero == 3
-        ):  # centres and the like are used by the objective, not by a forward of the module they belong to
+        if config.zero in (1, 2):
+            # It learns at the first step of the first group of parameters where all groups' state lies: it must be there then.
+            optimiser = self.engine.optimizer.optimizer
+            for flat in (flat for group in optimiser.param_groups for flat in group["params"]):
+                means = {"exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+                optimiser.state[flat] = {"step": torch.zeros((), device=flat.device)} | means
+        if config.zero == 3:  # it brings together what a module uses where it is told
             for parameter in self.named.values():
-                deepspeed.zero.register_external_parameter(objective, parameter)
+                deepspeed.zero.register_external_parameter(held, parameter)
 
     def __call__(self, batch: Batch, latents: Tensor | None, warm: bool) -> tuple[Tensor, Tensor]:
         """See Engine."""
@@ -104,7 +121,7 @@ class DeepSpeed:
 
     def remember(self, memory: Mapping[str, Tensor]) -> None:
         """See Engine."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.own_optimiser is not None:
             remember_adam(self.own_optimiser, self.own, memory)
@@ -114,7 +131,13 @@ class DeepSpeed:
         self._make_room()
         for name, parameter in self.named.items():
             for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, memory[f"{name}/{key}"].to(self.engine.device), key)
+                value = memory[f"{name}/{key}"].to(self.engine.device)
+                if self.zero == 3:  # its setting of the full one fails where ranks do not divide the numbers
+                    size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                    padded = torch.nn.functional.pad(value.flatten(), (0, size * self.mesh.world - value.numel()))
+                    safe_set_local_optimizer_state(parameter, padded[size * self.mesh.rank :][:size], key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
         for step in self._steps():
             step.fill_(memory[f"{next(iter(self.named))}/step"].item())
 

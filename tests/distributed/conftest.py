@@ -1,7 +1,9 @@
 """Ranks: real processes that talk over gloo, started once for all tests of this folder."""
 
+import importlib
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -64,7 +66,10 @@ def _serve(pipe: Connection) -> None:
         function, gauss, place, arguments = pipe.recv()
         try:
             os.environ.update(place)
-            with init_distributed(gauss, "cpu", timeout_s=60) as mesh:
+            with init_distributed(gauss, "cpu", timeout_s=60, groups=True) as mesh:
                 pipe.send((function(mesh, *arguments), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
+        if "deepspeed" in sys.modules:  # it keeps the groups of the ranks it has met first
+            sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
+            importlib.reload(sys.modules["deepspeed.utils.groups"])

@@ -11,7 +11,15 @@ from spire_dist.distributed.mesh import Mesh
 from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.image_model import squared_residuals
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
-from spire_dist.model.sharing import gradient_norm, own_share, placement, reduce_common, reduce_shared, render_shared, share
+from spire_dist.model.sharing import (
+    gradient_norm,
+    own_share,
+    placement,
+    reduce_common,
+    reduce_shared,
+    render_shared,
+    share,
+)
 from spire_dist.training.objective import Objective
 from spire_dist.training.optimiser import split
 

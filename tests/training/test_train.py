@@ -60,7 +60,17 @@ def test_latents_and_parts_have_a_row_per_particle_and_gaussian(finished):
 
 def test_every_metrics_line_has_all_its_keys_and_the_loss_falls(finished):
     records = metrics(finished)
-    keys = {"stage", "step", "epoch", "loss", "images_per_s", "wait_share", "collective_share", "memory_gib", "elapsed_s"}
+    keys = {
+        "stage",
+        "step",
+        "epoch",
+        "loss",
+        "images_per_s",
+        "wait_share",
+        "collective_share",
+        "memory_gib",
+        "elapsed_s",
+    }
     assert all(set(record) == keys for record in records)
     assert [r["step"] for r in records if r["stage"] == 1][-1] == 40
     assert [r["step"] for r in records if r["stage"] == 2][-1] == 24
