@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import describe_gpu
 from benchmarks.machine import describe_machine, machine_line
-from benchmarks.memory import BOX, make_trainee
+from benchmarks.memory import BOX, begin_trainee, make_trainee
 from benchmarks.step import take_turns, train_epochs
 from benchmarks.tables import table, write
 from spire_dist.config import RatesConfig, RunConfig, load_config
@@ -166,7 +166,12 @@ def timed(
 ) -> Callable[[], float]:
     """What trains on with so many images in a step, and returns images/s."""
     stages = {name: getattr(config, name).model_copy(update={"batch": images}) for name in ("stage1", "stage2")}
-    return partial(train_epochs, trainee, config.model_copy(update={**stages, "projector": backend}), source, epochs)
+    config = config.model_copy(update={**stages, "projector": backend})
+    assert trainee.table is not None
+    trainee.table.come_home()
+    values, device = trainee.table.home[:, 0].clone(), trainee.table.here.device
+    again = begin_trainee(trainee.stage, trainee.mixture, values, config, device, source)
+    return partial(train_epochs, again, config, source, epochs)
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float | None:

@@ -25,13 +25,17 @@ import typer
 from benchmarks.machine import use_threads
 from benchmarks.tables import table
 from spire_dist.config import HierarchyConfig, RunConfig
-from spire_dist.data.loader import Batch
+from spire_dist.data.loader import Batch, BatchSource
+from spire_dist.data.order import Order
+from spire_dist.distributed.mesh import Mesh
 from spire_dist.model.gaussians import Gaussians
-from spire_dist.model.latents import LatentTable
+from spire_dist.model.latent_table import LatentTable, at_home
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
 from spire_dist.physics.poses import random_rotations
 from spire_dist.progress import progress
-from spire_dist.training.trainer import Trainee, batch_loss, build_optimisers
+from spire_dist.schema import MOST_IMAGES_PER_CHUNK
+from spire_dist.training.engines import DataParallel
+from spire_dist.training.trainer import Trainee, build_trainee, learn, training_order
 
 BOX, RADIUS_PX = 128, 40.0
 SIZES = ((8, 8192), (8, 32768), (32, 8192), (32, 32768))
@@ -86,28 +90,44 @@ def make_trainee(
         centres, features = RADIUS_PX / 2 * normal(anchors, 3), normal(anchors, config.features)
         anchor_of = torch.arange(count) * anchors // count
         mixture = HierarchicalMixture(own, anchor_of, centres, features, dimension, config.stage2)
-    latents = LatentTable(normal(particles, dimension)).to(device)
-    mixture = mixture.to(device)
-    return Trainee(stage, mixture, latents, build_optimisers(mixture, latents, settings.rates))
+    return begin_trainee(stage, mixture.to(device), normal(particles, dimension), config, torch.device(device))
+
+
+def begin_trainee(
+    stage: int,
+    mixture: Mixture,
+    latents: torch.Tensor,
+    config: RunConfig,
+    device: torch.device,
+    source: BatchSource | None = None,
+) -> Trainee:
+    """A stage that starts from a mixture and free latents [N, L], in one process alone; of no particles without a source."""
+    batch = (config.stage1 if stage == 1 else config.stage2).batch
+    order = Order(len(latents), MOST_IMAGES_PER_CHUNK, batch, config.seed + stage)
+    order = order if source is None else training_order(source, config, stage)
+    table = LatentTable(at_home(latents), order, Mesh(), device)
+    return build_trainee(stage, mixture, table, config, len(latents), Mesh())
 
 
 def training_step(images: int, gaussians: int) -> Callable[[], None]:
     """Loss, gradients and optimisers on synthetic particles; all that it needs is allocated before it is called."""
     config = RunConfig(stage2=HierarchyConfig(gaussians=gaussians, layers=3, hidden=128))
     trainee = make_trainee(config, 2, images)
+    engine = trainee.engine
+    assert isinstance(engine, DataParallel)
     for parameter in trainee.mixture.parameters():  # one step along zero makes the optimiser's state
         parameter.grad = torch.zeros_like(parameter)
-    trainee.optimisers[0].step()
-    trainee.optimisers[0].zero_grad()
+    engine.optimiser.step()
+    engine.optimiser.zero_grad()
     rotations = torch.from_numpy(random_rotations(images, seed=0).astype(np.float32))
     observed, ctf = torch.fft.rfft2(torch.randn(images, BOX, BOX)), torch.ones(images, BOX, BOX // 2 + 1)
     batch = Batch(torch.arange(images), observed, ctf, rotations, torch.zeros(images, 2), total=images)
 
+    assert trainee.table is not None
+    trainee.table.visit(0)
+
     def step() -> None:
-        objective, _ = batch_loss(trainee, batch, config, config.stage2, False, images)
-        objective.backward()
-        for optimiser in trainee.optimisers:
-            optimiser.step()
+        learn(trainee, batch, 1.0, config.stage2.rates.latents, False)
 
     return step
 

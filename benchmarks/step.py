@@ -25,17 +25,19 @@ import typer
 from benchmarks import growth, memory, peer
 from benchmarks.igg import CTF_TABLE, MODEL, make_set
 from benchmarks.machine import describe_machine, machine_line
+from benchmarks.memory import begin_trainee
 from benchmarks.tables import table, write
 from spire_dist.config import HierarchyConfig, PartsConfig, RunConfig, StageConfig
 from spire_dist.data.loader import BatchSource
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.stopping import StopFlag
-from spire_dist.model.latents import LatentTable, build_latents
+from spire_dist.model.latents import starting_latents
+from spire_dist.model.mixtures import CoarseMixture
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
 from spire_dist.training.stages import find_parts, seed_coarse, seed_hierarchy
-from spire_dist.training.train import SAMPLE_IMAGES, all_latents, open_source, use_threads
-from spire_dist.training.trainer import Trainee, build_optimisers, train_stage
+from spire_dist.training.train import SAMPLE_IMAGES, open_source, use_threads
+from spire_dist.training.trainer import Trainee, train_stage
 
 PAPER = RunConfig(stage1=StageConfig(gaussians=2048, layers=1, hidden=32))
 SMALL = RunConfig(
@@ -90,20 +92,23 @@ def main(
 
 def begin(source: BatchSource, epochs: int) -> dict[str, tuple[Trainee, RunConfig]]:
     """The cases by name, each begun as a run begins it and trained for some epochs; the hierarchy from the smaller stage 1."""
-    volume = back_project(source, SMALL.consensus.padding)[0]
-    trainees = {}
+    found = back_project(source, SMALL.consensus.padding)
+    assert found is not None
+    volume, trainees, cpu = found[0], {}, torch.device("cpu")
     for name, config in zip(CASES, (PAPER, SMALL), strict=False):
         torch.manual_seed(config.seed)
         mixture = seed_coarse(volume, config, source.batch(np.arange(min(SAMPLE_IMAGES, source.store.count))))
-        latents = build_latents(source.store.count, source.store.box, config.latent, torch.Generator().manual_seed(0))
-        trainee = Trainee(1, mixture, latents, build_optimisers(mixture, latents, config.stage1.rates))
+        latents = starting_latents(source.store.count, config.latent.dimension, seed=0)
+        trainee = begin_trainee(1, mixture, latents, config, cpu, source)
         train_epochs(trainee, config, source, epochs)
         trainees[name] = trainee, config
     coarse = trainees[CASES[1]][0]
-    values = all_latents(coarse.latents, source)
+    assert coarse.table is not None
+    assert isinstance(coarse.mixture, CoarseMixture)
+    coarse.table.come_home()
+    values = coarse.table.home[:, 0].clone()
     mixture = seed_hierarchy(coarse.mixture, find_parts(coarse.mixture, values, SMALL), values, SMALL)
-    latents = LatentTable(values)
-    trainee = Trainee(2, mixture, latents, build_optimisers(mixture, latents, SMALL.stage2.rates))
+    trainee = begin_trainee(2, mixture, values, SMALL, cpu, source)
     train_epochs(trainee, SMALL, source, epochs)
     return trainees | {CASES[2]: (trainee, SMALL)}
 
@@ -115,7 +120,8 @@ def train_epochs(trainee: Trainee, config: RunConfig, source: BatchSource, epoch
     with TemporaryDirectory() as folder, StopFlag() as stop:
         never = math.inf  # but at the end
         log = RunLog(Path(folder), never, torch.device("cpu"), (trainee.stage, trainee.step))
-        train_stage(trainee, source, config, stage.model_copy(update={"epochs": end}), log, stop, save=lambda: None)
+        longer = config.model_copy(update={f"stage{trainee.stage}": stage.model_copy(update={"epochs": end})})
+        train_stage(trainee, source, longer, log, stop, save=lambda: None)
         log.close()
         return json.loads((Path(folder) / "metrics.jsonl").read_text())["images_per_s"]
 

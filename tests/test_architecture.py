@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 OWNERS: dict[str, tuple[str, ...]] = {
     "submitit": ("cluster.submit",),
     "ray": ("cluster.ray_cluster", "cluster.prep_jobs", "cluster.ray_loader"),
-    "deepspeed": (),
+    "deepspeed": ("spire_dist.training.deepspeed_engine",),
 }
 """The only modules that may import each of the heavy optional libraries, anywhere in them."""
 

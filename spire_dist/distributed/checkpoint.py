@@ -68,7 +68,7 @@ def save_checkpoint(
             warnings.filterwarnings(
                 "ignore", "torch.distributed is disabled"
             )  # no process group is wanted by one alone
-            dcp.save(divided, checkpoint_id=partial, no_dist=mesh.axes is None)
+            dcp.save(divided, checkpoint_id=partial, no_dist=mesh.axes is None)  # pyright: ignore[reportPrivateImportUsage]
     if mesh.rank == 0:
         if not there:
             axes = {name: part.axis for name, part in tensors.items() if isinstance(part, Rows)}
@@ -108,7 +108,7 @@ def load_checkpoint(run: Path, mesh: Mesh = ALONE) -> tuple[Tensors, dict[str, A
         wanted = {name: _whole(part, mesh) for name, part in room.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(wanted, storage_reader=reader, no_dist=mesh.axes is None)
+            dcp.load(wanted, storage_reader=reader, no_dist=mesh.axes is None)  # pyright: ignore[reportPrivateImportUsage]
     except (
         OSError,
         RuntimeError,
@@ -117,7 +117,7 @@ def load_checkpoint(run: Path, mesh: Mesh = ALONE) -> tuple[Tensors, dict[str, A
         ValueError,
         AssertionError,
         pickle.UnpicklingError,
-        dcp.CheckpointException,
+        dcp.CheckpointException,  # pyright: ignore[reportPrivateImportUsage]
     ) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise RunError(
@@ -178,7 +178,7 @@ class _Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(dcp.FileSystemReader):  # pyright: ignore[reportPrivateImportUsage]
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
         """As torch does, but without running what a pickle may say."""
         metadata = _Metadata(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()

@@ -1,7 +1,7 @@
 """Several ranks on this machine: started together, ended together, started again from the last save after a crash.
 
-torchrun does this too, and for several machines; but to it a run that stopped on request (exit code 75), or refused its settings
-(2), is one that crashed, and it would start again.
+torchrun does this too, and for several machines; but to it a run that stopped on request (exit code 75), or refused its
+settings (2), is one that crashed, and it would start again.
 """
 
 import os

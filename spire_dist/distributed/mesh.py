@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spire_dist.distributed.pulse import Pulse
@@ -120,12 +121,13 @@ def init_distributed(gauss: int, device: str, timeout_s: float, groups: bool = F
     try:
         yield Mesh(rank, world, gauss, local_rank, axes, init_device_mesh(device, (world,)), pulse)
         dist.barrier()  # the first rank, which may keep the store, leaves last
-    except SpireError as error:
-        if pulse is not None:
-            pulse.leave(str(error))
-        raise
-    except RuntimeError as error:
-        if pulse is None or not _of_the_network(error):
+    except BaseException as error:
+        if pulse is None:
+            raise
+        if not _of_the_network(error):
+            pulse.leave(
+                str(error) if isinstance(error, SpireError) else f"{type(error).__name__}: {_first_line(error)}"
+            )
             raise
         lost = RankLostError(f"rank {rank}: {pulse.who_is_missing()} ({_first_line(error)})")
         pulse.leave(str(lost))
@@ -144,22 +146,24 @@ def _place_alone() -> dict[str, str]:
     return dict(zip(LAUNCH_VARIABLES, values, strict=True))
 
 
-def _meeting_place(rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, str]:
+def _meeting_place(rank: int, world: int, timeout: timedelta) -> tuple[Store, str]:
     """Where ranks find each other, and who keeps it.
 
     torchrun may keep it for them, and then for all its restarts: there, what the dead wrote must not be read.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(address, port, world, rank == 0 and not of_torchrun, timeout, wait_for_workers=False)
+    store = TCPStore(address, port, world, rank == 0 and not of_torchrun, timeout, wait_for_workers=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_torchrun else "0"
-    return dist.PrefixStore(f"attempt{attempt}", store), "torchrun" if of_torchrun else "rank 0"
+    return PrefixStore(f"attempt{attempt}", store), "torchrun" if of_torchrun else "rank 0"
 
 
-def _of_the_network(error: RuntimeError) -> bool:
-    """Whether a collective failed, and not this rank itself: gloo and NCCL have no better name for it."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "NCCL", "Gloo"))
+def _of_the_network(error: BaseException) -> bool:
+    """Whether a collective failed, and not this rank itself: gloo has no name of its own for it."""
+    words = ("gloo", "Gloo", "NCCL")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    )
 
 
 def _first_line(error: BaseException) -> str:

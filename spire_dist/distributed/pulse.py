@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from spire_dist.errors import RankLostError
 
@@ -52,7 +52,7 @@ class Pulse:
         self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._stopped = threading.Event()
         # A connection of its own: the process group blocks its own while it waits for a key.
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, False, timedelta(seconds=timeout_s)
         )
         self._store.set_timeout(timedelta(seconds=PERIOD_S))

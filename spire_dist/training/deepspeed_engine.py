@@ -68,9 +68,7 @@ class DeepSpeed:
         held = _Held(objective, self.named.values())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.engine, *_ = deepspeed.initialize(
-                model=held, optimizer=adam(self.named, stage.rates), config=settings
-            )
+            self.engine, *_ = deepspeed.initialize(model=held, optimizer=adam(self.named, stage.rates), config=settings)
         if config.zero in (1, 2):
             # It learns at the first step of the first group of parameters where all groups' state lies: it must be there then.
             optimiser = self.engine.optimizer.optimizer

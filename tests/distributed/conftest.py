@@ -62,6 +62,7 @@ def ranks() -> Iterator[Ranks]:
 
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
+    linear = torch.nn.functional.linear
     while True:
         function, gauss, place, arguments = pipe.recv()
         try:
@@ -73,3 +74,7 @@ def _serve(pipe: Connection) -> None:
         if "deepspeed" in sys.modules:  # it keeps the groups of the ranks it has met first
             sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
             importlib.reload(sys.modules["deepspeed.utils.groups"])
+            sys.modules[
+                "deepspeed.runtime.zero.partition_parameters"
+            ].Init.param_id = 0  # counted on by ranks that took part
+            torch.nn.functional.linear = linear  # which ZeRO-3 replaces for the whole process
