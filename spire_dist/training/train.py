@@ -1,8 +1,8 @@
 """`train`: a whole run, from particles to parts, latents and a trained hierarchy; going on where it stopped."""
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,7 @@ def train(config: RunConfig, run: Path, blocks: Blocks | None = None) -> bool:
     groups = parallel.engine == "deepspeed"  # it wants them even for one process
     with (
         StopFlag() as stop,
+        _status(run) as begin_status,
         init_distributed(parallel.gauss, device.type, parallel.timeout_s, groups) as mesh,
         ExitStack() as held,
     ):
@@ -97,17 +98,18 @@ def train(config: RunConfig, run: Path, blocks: Blocks | None = None) -> bool:
                 say(f"{run}: training is complete (stage 2, step {where[1]})")
                 write_status(run, "complete", *where)
             return mesh.rank == 0
-        with _status(run, where) if mesh.rank == 0 else nullcontext():
-            threads = use_threads(config, store.box, device)
-            if mesh.rank == 0:
-                projector = choose_backend(device, wanted=config.projector)
-                say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, "
-                    f"{_ranks(mesh, config)}{threads} threads, projector {projector}")  # fmt: skip
-            source = open_source(config, store, device, blocks)
-            elapsed_s = facts["elapsed_s"] if facts else 0.0
-            log = RunLog(run, config.output.log_seconds, device, where, elapsed_s, mesh)
-            _train_both(_Session(run, source, config, device, log, stop, mesh), where if facts else None)
-            log.close()
+        if mesh.rank == 0:
+            begin_status(where)
+        threads = use_threads(config, store.box, device)
+        if mesh.rank == 0:
+            projector = choose_backend(device, wanted=config.projector)
+            say(f"{store.count} particles of {store.box} px at {store.pixel_size:g} Å/px; {device}, "
+                f"{_ranks(mesh, config)}{threads} threads, projector {projector}")  # fmt: skip
+        source = open_source(config, store, device, blocks)
+        elapsed_s = facts["elapsed_s"] if facts else 0.0
+        log = RunLog(run, config.output.log_seconds, device, where, elapsed_s, mesh)
+        _train_both(_Session(run, source, config, device, log, stop, mesh), where if facts else None)
+        log.close()
         return mesh.rank == 0
 
 
@@ -128,17 +130,25 @@ def _prepare(config: RunConfig, run: Path, device: torch.device, mesh: Mesh, hel
 
 
 @contextmanager
-def _status(run: Path, where: tuple[int, int]) -> Iterator[None]:
-    """STATUS.json follows the run, on the first rank."""
-    write_status(run, "training", *where)
+def _status(run: Path) -> Iterator[Callable[[tuple[int, int]], None]]:
+    """STATUS.json says how the run ends, where what this yields was called with the (stage, step) it goes on from."""
+    begun = []
+
+    def begin(where: tuple[int, int]) -> None:
+        write_status(run, "training", *where)
+        begun.append(where)
+
     try:
-        yield
+        yield begin
     except BaseException as error:
+        if not begun:
+            raise
         status = json.loads((run / "STATUS.json").read_text())  # the last save
         state_now = "stopped" if isinstance(error, Stopped | KeyboardInterrupt) else "failed"
         write_status(run, state_now, status["stage"], status["step"], str(error) or type(error).__name__)
         raise
-    write_status(run, "complete", 2, read_facts(run)["step"])  # type: ignore[index]
+    if begun:
+        write_status(run, "complete", 2, read_facts(run)["step"])  # type: ignore[index]
 
 
 def _train_both(session: _Session, where: tuple[int, int] | None) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import socket
 import sys
 import time
 import traceback
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from spire_dist.distributed.mesh import init_distributed
+from spire_dist.distributed.mesh import LAUNCH_VARIABLES, init_distributed
 
 MOST = 4
 PATIENCE_S = 120.0
@@ -25,39 +26,48 @@ Ranks = Callable[..., list[Any]]
 def ranks() -> Iterator[Ranks]:
     """`ranks(function, replicate, gauss, *arguments)`: what `function(mesh, *arguments)` returns on each rank."""
     context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for _ in range(MOST):
-        here, there = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(there,), daemon=True))
-        processes[-1].start()
-        pipes.append(here)
-    port = 29000 + os.getpid() % 900
+    pipes: list[Connection] = []
+    processes: list[Any] = []
+
+    def start() -> None:
+        for _ in range(MOST):
+            here, there = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(there,), daemon=True))
+            processes[-1].start()
+            pipes.append(here)
+
+    def end() -> None:
+        for process in processes:
+            process.kill()
+        processes.clear()
+        pipes.clear()
 
     def call(function: Callable[..., Any], replicate: int, gauss: int, *arguments: Any) -> list[Any]:
-        nonlocal port
-        port += 1
+        if not processes:
+            start()
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
         world = replicate * gauss
         for rank, pipe in enumerate(pipes[:world]):
-            place = {
-                "RANK": rank,
-                "WORLD_SIZE": world,
-                "LOCAL_RANK": rank,
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": port,
-            }
-            pipe.send((function, gauss, {name: str(value) for name, value in place.items()}, arguments))
-        found, end = dict[int, Any](), time.monotonic() + PATIENCE_S
-        while len(found) < world:  # the first that fails tells why, the others may wait for it
-            rank = next((r for r, pipe in enumerate(pipes[:world]) if r not in found and pipe.poll(0.01)), None)
-            assert rank is not None or time.monotonic() < end, f"of {world} ranks only {sorted(found)} answer"
-            if rank is not None:
-                found[rank], error = pipes[rank].recv()
-                assert error is None, f"rank {rank} of {world}:\n{error}"
+            values = rank, world, rank, "localhost", port
+            place = dict(zip(LAUNCH_VARIABLES, map(str, values), strict=True))
+            pipe.send((function, gauss, place, arguments))
+        found, until = dict[int, Any](), time.monotonic() + PATIENCE_S
+        try:
+            while len(found) < world:  # the first that fails tells why, the others may wait for it
+                rank = next((r for r, pipe in enumerate(pipes[:world]) if r not in found and pipe.poll(0.01)), None)
+                assert rank is not None or time.monotonic() < until, f"of {world} ranks only {sorted(found)} answer"
+                if rank is not None:
+                    found[rank], error = pipes[rank].recv()
+                    assert error is None, f"rank {rank} of {world}:\n{error}"
+        except BaseException:
+            end()  # the next test has others
+            raise
         return [found[rank] for rank in range(world)]
 
     yield call
-    for process in processes:
-        process.kill()
+    end()
 
 
 def _serve(pipe: Connection) -> None:
