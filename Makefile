@@ -14,11 +14,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-ranks lint clean
 
 help:
 	@echo "make demo    simulate a moving molecule, reconstruct it, compare with the truth: demo/run/report.html"
 	@echo "make test    ruff, pyright and pytest, one summary at the end (PYTEST_ARGS=... goes to pytest)"
+	@echo "make test-ranks   the tests that train on several processes, kill and restart them (CI runs them too)"
 	@echo "make lint    ruff and pyright only"
 	@echo "make clean   remove what the other targets made, .venv included"
 
@@ -54,12 +55,16 @@ demo: $(VENV)/installed-for-use
 # ---- checks: all of them run, then one line says which failed
 
 LINT := "ruff check ." "ruff format --check ." "pyright"
-PYTEST := "pytest $(PYTEST_ARGS)"
+PYTEST := "pytest -m 'not ranks' $(PYTEST_ARGS)"
+PYTEST_RANKS := "pytest -m ranks $(PYTEST_ARGS)"
 run_checks = failed=; for check in $(1); do echo "== $$check"; eval "$$check" || failed="$$failed [$$check]"; done; \
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; fi; echo "all checks passed"
 
 test: $(VENV)/installed-for-test
 	@$(call run_checks,$(LINT) $(PYTEST))
+
+test-ranks: $(VENV)/installed-for-test
+	@$(call run_checks,$(PYTEST_RANKS))
 
 lint: $(VENV)/installed-for-test
 	@$(call run_checks,$(LINT))

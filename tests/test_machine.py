@@ -5,7 +5,8 @@ import os
 import psutil
 import pytest
 
-from spire_dist.machine import cores, local_ranks
+from spire_dist import machine
+from spire_dist.machine import cores, local_ranks, own_cores
 
 
 def test_only_the_cores_this_process_may_use_are_counted():
@@ -31,3 +32,15 @@ def test_a_process_that_no_launcher_started_is_alone_on_its_node(monkeypatch):
     assert local_ranks() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert local_ranks() == 4
+
+
+def test_a_rank_has_what_slurm_gave_its_task_else_an_equal_share(monkeypatch):
+    for name in ("SLURM_STEP_ID", "SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
+    assert own_cores() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert own_cores() == 2
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "6")
+    assert own_cores() == 6

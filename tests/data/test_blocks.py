@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data_prep.convert import prepare
+from spire_dist import machine
 from spire_dist.data import blocks
 from spire_dist.data.blocks import choose_workers, local_blocks
 from spire_dist.data.order import Order
@@ -153,7 +154,7 @@ def test_a_block_stays_as_it_is_until_the_next_one_is_asked_for(store, workers):
 
 
 def test_a_gpu_gets_processes_and_a_cpu_the_thread_unless_told(monkeypatch):
-    monkeypatch.setattr(blocks, "cores", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     assert [choose_workers(None, torch.device(kind)) for kind in ("cpu", "cuda")] == [0, 2]
     assert [choose_workers(wanted, torch.device("cpu")) for wanted in (0, 5)] == [0, 5]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

@@ -19,7 +19,7 @@ from spire_dist.config import dump_config, load_config
 from spire_dist.distributed.launch import launch
 from spire_dist.training.saving import read_state
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ranks
 RANKS = 2
 
 

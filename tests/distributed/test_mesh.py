@@ -71,3 +71,11 @@ def test_one_process_alone_cannot_share_gaussians(refusal, monkeypatch):
             return ""
 
     refusal(ConfigError, ["parallel.gauss = 2", "1 rank"], start)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "expected"), [("4(x2),3", 0, "4"), ("4(x2),3", 1, "4"), ("4(x2),3", 2, "3"), ("8", 0, "8")]
+)
+def test_a_rank_under_slurm_knows_how_many_share_its_node(tasks, node, expected):
+    found = launch_variables(SRUN | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)})
+    assert found["LOCAL_WORLD_SIZE"] == expected

@@ -19,6 +19,7 @@ from spire_dist.model.mixtures import HierarchicalMixture
 from spire_dist.training.saving import load_trainee, read_state, save_trainee, write_start
 from spire_dist.training.trainer import agree, learn, training_order
 
+pytestmark = pytest.mark.ranks
 CPU = torch.device("cpu")
 ANCHORS, GAUSSIANS, STEPS = 5, 101, 20
 

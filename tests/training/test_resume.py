@@ -15,7 +15,7 @@ import torch
 from spire_dist.config import dump_config, load_config
 from spire_dist.errors import Stopped
 from spire_dist.training import train as train_module
-from spire_dist.training.metrics import RunLog
+from spire_dist.training import trainer
 from spire_dist.training.saving import read_state
 
 RESULTS = ("latents.npy", "parts.npy", "stage1/latents.npy", "stage1/parts.npy")
@@ -27,16 +27,17 @@ class Crash(BaseException):
 
 
 def at_step(monkeypatch, wanted: int, act) -> None:
-    """Do `act` after the `wanted`-th step from here on."""
-    original, steps = RunLog.count, []
+    """Do `act` within the `wanted`-th step from here on."""
+    original, steps = trainer.learn, []
 
-    def count(self, *counted):
-        original(self, *counted)
+    def learn(*arguments):
+        found = original(*arguments)
         steps.append(1)
         if len(steps) == wanted:
             act()
+        return found
 
-    monkeypatch.setattr(RunLog, "count", count)
+    monkeypatch.setattr(trainer, "learn", learn)
 
 
 def crash():
