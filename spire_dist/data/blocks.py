@@ -6,7 +6,10 @@ how many this is, and the first block, and yields, without end, the images of th
 business of `spire_dist.data.loader`, which calls it, uses each block until it asks for the next one, and closes it at the end.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -119,7 +122,7 @@ def _by_processes(reader: Reader, workers: int, first: int) -> Generator[NDArray
             num_workers=workers,
             prefetch_factor=1,  # a block per process is on its way while one is used
             multiprocessing_context="spawn",
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=_serve_the_trainer,
         )
         try:
             for found in loader:
@@ -136,10 +139,19 @@ def _by_processes(reader: Reader, workers: int, first: int) -> Generator[NDArray
                 ) from error
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """A signal to the whole job is for the trainer, which needs blocks until it has saved."""
+def _serve_the_trainer(worker: int) -> None:
+    """A signal to the whole job is for the trainer, which needs blocks until it has saved; when it is gone, so is this."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    # The DataLoader looks whether its parent changes, which it does not for one that had died before.
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
 
 
 def _shared(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
