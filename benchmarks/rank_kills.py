@@ -1,0 +1,188 @@
+"""Does a run whose ranks are killed lose more than it must? KILL of a random rank at random moments, until it ends.
+
+    python -m benchmarks.rank_kills OUT [--kills 100]
+
+Runs of half a minute on two ranks that save every other second are started by `spire-dist train --processes 2`, which starts
+again what dies. A third of the kills waits for a save to be under way, a ninth for part discovery; the others come at any
+time.
+After each, before anything starts again, the newest checkpoint is read. Each run must end in the bytes of one that nobody
+disturbed, which it does not where a particle is seen twice or not at all.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from benchmarks.machine import describe_machine, machine_line
+from benchmarks.tables import table, write
+from spire_dist.config import RunConfig, dump_config, validate
+from spire_dist.progress import progress
+from spire_dist.training.saving import read_state
+
+RANKS = 2
+SAVE_S = 2.0
+LONGEST_WAIT_S = 20.0
+RESULTS = ("latents.npy", "parts.npy", "stage1/latents.npy")
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder for data and results.")],
+    kills: Annotated[int, typer.Option(help="How often to kill.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+) -> None:
+    """Kill, read, go on, compare; print what was hit and what was lost."""
+    config = make_particles(out)
+    whole, moments = out / "whole", random.Random(seed)
+    if not (whole / "latents.npy").exists():
+        subprocess.run(command(config, whole), check=True, capture_output=True)
+    expected = {name: (whole / name).read_bytes() for name in RESULTS}
+    hits: list[dict] = []
+    runs = same = 0
+    bar = iter(progress(range(kills), "kills"))
+    while len(hits) < kills:
+        run = out / f"run-{runs}"
+        process = subprocess.Popen(command(config, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(hits) < kills:
+            hit = kill_one(process, run, moments)
+            if hit is not None:
+                hits.append(hit)
+                next(bar, None)
+        if process.wait() != 0:
+            raise RuntimeError(f"{run}: ended with {process.returncode}")
+        runs += 1
+        same += all((run / name).read_bytes() == content for name, content in expected.items())
+    machine = describe_machine(RANKS)
+    lost = [hit["lost_s"] for hit in hits if hit["lost_s"] is not None]
+    readable = sum(hit["readable"] for hit in hits)
+    text = [
+        f"{kills} kills in {runs} runs: {readable} times the newest checkpoint could be read; {same} of {runs} runs ended "
+        f"in the bytes of an undisturbed one; work lost at most {max(lost):.1f} s, saved every {SAVE_S:g} s",
+        machine_line(machine),
+        "",
+        *table(
+            ["when it was killed", "times"], [[what, str(n)] for what, n in Counter(h["when"] for h in hits).items()]
+        ),
+    ]
+    print("\n".join(text))
+    write(out, "rank_kills", {"machine": machine, "hits": hits, "runs": runs, "same": same}, text)
+
+
+def make_particles(out: Path) -> Path:
+    """A configuration file of a run of about half a minute on two ranks of two cores."""
+    if not (out / "store").exists():
+        for words in (("simulate", str(out / "data"), "--particles", "1000", "--box", "48", "--seed", "0"),
+                      ("prep", str(out / "data" / "particles.star"), str(out / "store"))):  # fmt: skip
+            subprocess.run([sys.executable, "-m", "spire_dist.cli", *words], check=True, capture_output=True)
+    settings = {
+        "threads": 1,
+        "data": {"store": str((out / "store").absolute())},
+        "stage1": {"gaussians": 1024, "epochs": 40},
+        "stage2": {"gaussians": 2048, "epochs": 40, "layers": 1, "hidden": 32},
+        "output": {"save_seconds": SAVE_S, "log_seconds": 0.1, "volumes": 2},
+        "parallel": {"timeout_s": 30},
+    }
+    path = out / "config.toml"
+    config: RunConfig = validate(settings, "benchmark")
+    path.write_text(dump_config(config))
+    return path
+
+
+def command(config: Path, run: Path) -> list[str]:
+    """What is started, and starts again."""
+    words = ["train", str(config), "--run", str(run), "--processes", str(RANKS), "--restarts", "1000"]
+    return [sys.executable, "-m", "spire_dist.cli", *words]
+
+
+def kill_one(launcher: subprocess.Popen, run: Path, moments: random.Random) -> dict | None:
+    """Kill a rank at a random moment; None where the run ended before. The launcher stands still while it is looked at."""
+    kind = moments.choice(["any", "any", "any", "any", "any", "saving", "saving", "saving", "parts"])
+    time.sleep(moments.uniform(3, 12))
+    waiting: dict[str, Callable[[], bool]] = {
+        "saving": lambda: bool(partials(run)),
+        "parts": lambda: finding_parts(run),
+    }
+    if kind in waiting:
+        end = time.monotonic() + LONGEST_WAIT_S
+        while not waiting[kind]() and time.monotonic() < end and launcher.poll() is None:
+            time.sleep(0.001)
+    if launcher.poll() is not None:
+        return None
+    parent = psutil.Process(launcher.pid)
+    ranks = [child for child in parent.children() if "train" in child.cmdline()]
+    if len(ranks) < RANKS:
+        return None
+    parent.suspend()
+    when = phase(run)
+    victim = moments.choice(ranks)
+    victim.kill()
+    time.sleep(0.5)  # the other one may be writing still, until it notices
+    try:
+        state = read_state(run)
+        readable = True
+    except Exception as error:
+        state, readable = None, False
+        print(f"{run}: {error}", file=sys.stderr)
+    parent.resume()
+    return {
+        "when": when,
+        "readable": readable,
+        "lost_s": lost_seconds(run, state.step if state else 0) if readable else None,
+    }
+
+
+def phase(run: Path) -> str:
+    """What the run is doing, from its files."""
+    if not (run / "latest").exists():
+        return "before the first checkpoint"
+    if partials(run):
+        return "saving"
+    if (run / "latents.npy").exists():
+        return "writing results"
+    return "part discovery" if finding_parts(run) else "training"
+
+
+def partials(run: Path) -> list[Path]:
+    """Checkpoints that are being written."""
+    return list((run / "checkpoints").glob(".step-*.partial"))
+
+
+def finding_parts(run: Path) -> bool:
+    """Whether stage 1 has ended and stage 2 not begun."""
+    metrics = records(run)
+    ended = bool(metrics) and metrics[-1]["stage"] == 1 and metrics[-1]["left"] == 0
+    return ended and not list((run / "checkpoints").glob("step-2*"))
+
+
+def records(run: Path) -> list[dict]:
+    """What the first rank has logged."""
+    path = run / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        found.append(record | {"left": round(40 - record["epoch"], 3)})
+    return found
+
+
+def lost_seconds(run: Path, step: int) -> float | None:
+    """Training time between the newest checkpoint and the last logged step, of the stage they are both of."""
+    found = records(run)
+    status = json.loads((run / "STATUS.json").read_text())
+    same = [record for record in found if record["stage"] == status["stage"]]
+    before = [record["elapsed_s"] for record in same if record["step"] <= step]
+    return max(0.0, same[-1]["elapsed_s"] - before[-1]) if before else None
+
+
+if __name__ == "__main__":
+    typer.run(main)
