@@ -103,6 +103,11 @@ def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _scattered(partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if partial.device.type == "cpu":  # gloo's reduce-scatter is an all-reduce, which sends twice as much
+        arrived = torch.empty_like(partial, memory_format=torch.contiguous_format)
+        with WAITING.counted():
+            dist.all_to_all_single(arrived, partial.contiguous(), group=group)
+        return arrived.view(group.size(), -1, *partial.shape[1:]).sum(0)
     result = partial.new_empty(len(partial) // group.size(), *partial.shape[1:])
     with WAITING.counted():
         _scatter_into(result, partial.contiguous(), group=group)

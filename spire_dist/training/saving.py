@@ -54,7 +54,7 @@ def save_trainee(run: Path, trainee: Trainee, source: BatchSource, config: RunCo
     model = trainee.engine.parameters()
     _refuse_not_finite(trainee, model)
     model |= {f"mixture.{name}": buffer for name, buffer in trainee.mixture.named_buffers()}
-    home, steps = (trainee.table.home, trainee.table.steps) if trainee.table else (None, 0)
+    home, steps = (trainee.table.home, trainee.table.steps) if trainee.table else (None, None)
     facts = _facts(source, config, trainee.stage, trainee.step, steps, elapsed_s)
     memory = trainee.engine.memory()
     _write(run, State(trainee.stage, trainee.step, model, memory, home, facts), config, trainee.mesh)
@@ -73,7 +73,7 @@ def write_start(
     encoder = latents if isinstance(latents, ImageEncoder) else None
     parts = {"mixture": mixture} | ({"encoder": encoder} if encoder else {})
     model = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
-    facts = _facts(source, config, stage, 0, 0, elapsed_s)
+    facts = _facts(source, config, stage, 0, None if encoder else 0, elapsed_s)
     _write(run, State(stage, 0, model, {}, latents if isinstance(latents, Tensor) else None, facts), config, ALONE)
 
 
@@ -173,9 +173,12 @@ def _per_gaussian(name: str, value: Tensor) -> bool:
 
 
 def _facts(
-    source: BatchSource, config: RunConfig, stage: int, step: int, latent_steps: int, elapsed_s: float
+    source: BatchSource, config: RunConfig, stage: int, step: int, latent_steps: int | None, elapsed_s: float
 ) -> dict[str, Any]:
-    """What is no tensor. Training draws no random numbers: the seed, in the configuration, stands for all of them."""
+    """What is no tensor; `latent_steps` of a table.
+
+    Training draws no random numbers: the seed, in the configuration, stands for all of them.
+    """
     settings, order = config.stage1 if stage == 1 else config.stage2, training_order(source, config, stage)
     return {
         "stage": stage,

@@ -214,7 +214,14 @@ def _write_consensus(
 
 @torch.no_grad()
 def all_latents(run: Path, source: BatchSource, config: RunConfig, mesh: Mesh) -> Tensor:
-    """Latents [N, L] of all particles in store order, by the newest checkpoint; an encoder's are made by all ranks."""
+    """Latents [N, L] of all particles in store order, by the newest checkpoint; an encoder's are made by all ranks.
+
+    Of use on the first rank only: of a table the others get none.
+    """
+    facts = read_facts(run)
+    assert facts is not None
+    if facts["latent_steps"] is not None and mesh.rank != 0:
+        return torch.empty(0, config.latent.dimension)
     state = _state(run)
     if state.latents is not None:
         return state.latents[:, 0].clone()
