@@ -73,9 +73,9 @@ class Part:
 
     def within(self) -> slice:
         """Where it lies among the images of its node's block."""
-        ranks = range(self.node * self.local, self.rank + 1)
-        sizes = [self.order.portion(self.block, rank, self.world).size for rank in ranks]
-        return slice(sum(sizes[:-1]), sum(sizes))
+        own = self.order.span(self.block, self.rank, self.world)
+        first = self.order.span(self.block, self.node, self.world // self.local).start
+        return slice(own.start - first, own.stop - first)
 
 
 def _blocks(pool: "Pool", sharing: int, order: Order, rank: int, world: int, first: int) -> Generator[NDArray[Any]]:

@@ -4,9 +4,9 @@ number of ranks and reading processes. Called by the loader, by readers of block
 The store's chunks are shuffled anew in every epoch, and their sequence is cut into blocks of 64 chunks (less where that is
 not whole steps, one step where that is more). V virtual readers have equal runs of a block; each shuffles its images, and
 each step takes as many from every one of them. So a batch is drawn from V places, what is read is read once, and a rank
-serves the readers r V / W and on, without knowing of the others. The last block of an epoch is what remains, in V runs of
-equal length (±1); the step that is short is the epoch's last. (Virtual readers are what MosaicML's streaming calls canonical
-nodes.)
+serves the readers r V / W and on, without knowing of the others; where there are more ranks than readers, W / V of them share
+one. The last block of an epoch is what remains, in V runs of equal length (±1); the step that is short is the epoch's last.
+(Virtual readers are what MosaicML's streaming calls canonical nodes.)
 """
 
 from dataclasses import dataclass, replace
@@ -31,7 +31,8 @@ class Portion:
     first_step: int
     """Step, counted from the start of training, of the first row of `index`."""
     runs: NDArray[np.int64]
-    """[R, 2]: first row of the store and number of rows, each within a chunk; to be read in this order."""
+    """[R, 2]: first row of the store and number of rows, each within a chunk; to be read in this order. Ranks that share a
+    reader have the same."""
     index: NDArray[np.int64]
     """[S, batch / world]: places among the images read, or NOTHING."""
     totals: NDArray[np.int64]
@@ -88,11 +89,9 @@ class Order:
         self._refuse_unequal_shares(world)
         epoch, number = divmod(block, self.blocks_per_epoch)
         first = number * self.block_images
-        size = min(self.block_images, self.count - first)
-        steps, taken = -(-size // self.batch), self.batch // self.readers
-        # Reader v has the block's images cuts[v] to cuts[v + 1]: equal runs, or (±1) of what remains.
-        cuts = np.arange(self.readers + 1) * size // self.readers
-        mine = slice(rank * self.readers // world, (rank + 1) * self.readers // world)
+        cuts, mine = self._cuts(block), self._readers_of(rank, world)
+        size = int(cuts[-1])
+        steps, taken, share = -(-size // self.batch), self.batch // self.readers, self.batch // world
         starts, lengths = cuts[:-1], np.diff(cuts)
         places = np.arange(steps * taken)
         rng = np.random.default_rng((self.seed, epoch, number + 1))  # a 0 there would be the chunks' generator
@@ -101,12 +100,22 @@ class Order:
         shuffled = (starts[mine] - starts[mine][0])[:, None] + np.argsort(keys, axis=1, kind="stable")
         shuffled[places >= lengths[mine, None]] = NOTHING
         index = shuffled.reshape(-1, steps, taken).swapaxes(0, 1).reshape(steps, -1)
+        begin = rank * share - mine.start * taken  # 0, unless it shares its reader
         return Portion(
             first_step=epoch * self.steps_per_epoch + first // self.batch,
             runs=self._runs(epoch, first + int(cuts[mine][0]), first + int(cuts[mine.stop])),
-            index=index,
+            index=index[:, begin : begin + share],
             totals=np.minimum(self.batch, size - np.arange(steps) * self.batch),
         )
+
+    def span(self, block: int, rank: int, world: int) -> slice:
+        """Where the images that a rank reads lie in the block's sequence."""
+        cuts, mine = self._cuts(block), self._readers_of(rank, world)
+        return slice(int(cuts[mine.start]), int(cuts[mine.stop]))
+
+    def shares(self, world: int) -> bool:
+        """Whether the readers can be shared equally by so many ranks."""
+        return self.readers % world == 0 or (world % self.readers == 0 and self.batch % world == 0)
 
     def rows(self, step: int, rank: int = 0, world: int = 1) -> NDArray[np.int64]:
         """Rows of the store [batch / world] that a rank sees at a step; NOTHING where the last step of an epoch is short.
@@ -124,12 +133,18 @@ class Order:
         chunks = _chunk_order(-(-self.count // size), self.count // size, self.seed, epoch)[places]
         return np.stack([chunks * size + begin % size, end - begin], axis=1)
 
+    def _cuts(self, block: int) -> NDArray[np.int64]:
+        """[V + 1]: reader v has images cuts[v] to cuts[v + 1] of the block's: equal runs, or (±1) of what remains."""
+        first = block % self.blocks_per_epoch * self.block_images
+        return np.arange(self.readers + 1) * min(self.block_images, self.count - first) // self.readers
+
+    def _readers_of(self, rank: int, world: int) -> slice:
+        return slice(rank * self.readers // world, -(-(rank + 1) * self.readers // world))
+
     def _refuse_unequal_shares(self, world: int) -> None:
-        if world > MOST_READERS:
-            raise ConfigError(f"{world} ranks: at most {MOST_READERS} can share the particles of a batch")
-        if self.readers % world:
+        if not self.shares(world):
             near = (batch for by in count(1) for batch in (self.batch + by, self.batch - by) if batch > 0)
-            works = next(batch for batch in near if replace(self, batch=batch).readers % world == 0)
+            works = next(batch for batch in near if replace(self, batch=batch).shares(world))
             raise ConfigError(
                 f"batch = {self.batch}: its images come from {self.readers} readers, which {world} ranks cannot share equally; "
                 f"a batch of {works} works"

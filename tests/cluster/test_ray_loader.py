@@ -42,9 +42,14 @@ def order_of(store: ParticleStore) -> Order:
     return Order(store.count, store.images_per_chunk, BATCH, 0)
 
 
+@pytest.mark.parametrize("virtual_readers", [4, 2])
 @pytest.mark.parametrize(("world", "local"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
-def test_ranks_of_a_node_share_one_reading_and_get_what_each_would_read(store, monkeypatch, world, local):
+def test_ranks_of_a_node_share_one_reading_and_get_what_each_would_read(
+    store, monkeypatch, world, local, virtual_readers
+):
+    monkeypatch.setattr("spire_dist.data.order.MOST_READERS", virtual_readers)
     order, reads = order_of(store), []
+    assert order.readers == virtual_readers  # of 4 ranks two share one of 2
     reader = Reader(store.path)
     read = type(store.images).read
     monkeypatch.setattr(type(store.images), "read", lambda self, runs: reads.append(runs) or read(self, runs))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spire_dist.data.order import BLOCK_CHUNKS, MOST_READERS, NOTHING, Order, Portion
+from spire_dist.data.order import BLOCK_CHUNKS, NOTHING, Order, Portion
 from spire_dist.errors import ConfigError
 
 orders = st.builds(
@@ -33,7 +33,7 @@ def joined(ranks: list[Portion]) -> np.ndarray:
 
 
 def worlds_of(order: Order) -> list[int]:
-    return [world for world in range(1, order.readers + 1) if order.readers % world == 0]
+    return [world for world in range(1, order.batch + 1) if order.shares(world)]
 
 
 def runs_of_chunks(order: Order, portion: Portion) -> list[int]:
@@ -62,10 +62,14 @@ def test_any_number_of_ranks_sees_the_same_steps_and_reads_every_particle_once(o
         for portion in ranks:
             np.testing.assert_array_equal(portion.totals, (alone.rows != NOTHING).sum(axis=1))
             assert portion.first_step == alone.first_step
-            used = np.sort(portion.index[portion.index != NOTHING])
-            np.testing.assert_array_equal(used, np.arange(portion.size))  # all that is read is used, once
+        sharing = max(1, world // order.readers)
+        for first in range(0, world, sharing):  # ranks that share a reader read the same, and use all of it once
+            near = ranks[first : first + sharing]
+            used = np.concatenate([portion.index[portion.index != NOTHING] for portion in near])
+            np.testing.assert_array_equal(np.sort(used), np.arange(near[0].size))
+            assert all((portion.runs == near[0].runs).all() for portion in near)
         sizes = [portion.size for portion in ranks]
-        assert max(sizes) - min(sizes) <= order.readers // world  # a run of what remains is one longer at most
+        assert max(sizes) - min(sizes) <= max(1, order.readers // world)  # a run of what remains is one longer at most
 
 
 @given(order=orders, data=st.data())
@@ -157,7 +161,8 @@ def test_a_batch_that_is_a_prime_has_one_reader_of_61_chunks_and_more():
 
 
 @pytest.mark.parametrize(
-    ("batch", "world", "works"), [(64, 6, 60), (64, 3, 63), (67, 2, 68), (320, 40, 160), (1, 64, 64)]
+    ("batch", "world", "works"),
+    [(64, 6, 60), (64, 3, 63), (67, 2, 68), (320, 40, 160), (1, 64, 64), (192, 96, 288), (100, 128, 128)],
 )
 def test_ranks_that_cannot_share_a_batch_are_told_one_that_works(refusal, batch, world, works):
     order = Order(1000, 64, batch, 0)
@@ -167,6 +172,8 @@ def test_ranks_that_cannot_share_a_batch_are_told_one_that_works(refusal, batch,
     assert suggested == works
 
 
-def test_more_ranks_than_readers_can_be_are_refused(refusal):
-    words = ["65 ranks", str(MOST_READERS)]
-    refusal(ConfigError, words, lambda: Order(1000, 64, 650, 0).portion(0, 0, 65))
+def test_512_ranks_share_64_readers():
+    order = Order(100_000, 64, 1024, 0)
+    ranks = [order.portion(3, rank, 512) for rank in range(512)]
+    np.testing.assert_array_equal(joined(ranks), order.portion(3).rows)
+    assert {portion.size for portion in ranks} == {64}  # a chunk, which eight of them read
