@@ -103,20 +103,22 @@ def measure(case: Case) -> dict[str, Any]:
         "seconds": first["seconds"],
         "collective_share": float(np.mean([row["collective_share"] for row in found])),
         "bytes": first["wire_bytes"] / case.world,
-        "formula": formula(case, first["common"]),
+        "formula": sum(traffic(case, first["common"]).values()),
         "gaussian_bytes": max(row["gaussian_bytes"] for row in found),
         "gib": max(row["gib"] for row in found),
     }
 
 
-def formula(case: Case, common: int) -> float:
-    """Bytes that docs/parallel.md says a rank sends in a step."""
+def traffic(case: Case, common: int) -> dict[str, float]:
+    """Bytes that docs/parallel.md says a rank sends in a step, where all ranks have `common` parameters."""
     replicate, gauss, world = case.replicate, case.gauss, case.world
     own = case.images / world
-    images = 2 * (gauss - 1) * own * 4 * case.box**2
-    latents = (gauss - 1) * own * 4 * (2 * LATENT + 11)
-    gaussians = 2 * (replicate - 1) / replicate * 4 * case.gaussians * (FEATURES + 5) / gauss
-    return images + latents + gaussians + 2 * (world - 1) / world * 4 * common
+    return {
+        "images": 2 * (gauss - 1) * own * 4 * case.box**2,
+        "latents": (gauss - 1) * own * 4 * (2 * LATENT + 11),
+        "gaussians": 2 * (replicate - 1) / replicate * 4 * case.gaussians * (FEATURES + 5) / gauss,
+        "networks": 2 * (world - 1) / world * 4 * common,
+    }
 
 
 def _rank(case: Case, place: dict[str, str], results: Any) -> None:

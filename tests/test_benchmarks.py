@@ -17,6 +17,8 @@ from benchmarks import peer
 from benchmarks.growth import exponent
 from benchmarks.memory import peak_rise
 from benchmarks.precision import inside_spread
+from benchmarks.ranks import Case, measure
+from benchmarks.scaling import Costs, step_seconds
 from benchmarks.step import times
 from benchmarks.tables import table
 
@@ -190,3 +192,21 @@ def test_table_is_aligned_markdown():
         "|---------|---------:|",
         "| stage 1 |        9 |",
     ]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("replicate", "gauss"), [(2, 1), (1, 2), (2, 2)])
+def test_bytes_on_the_wire_are_those_of_the_formula(replicate, gauss):
+    found = measure(Case(replicate, gauss, 4096, 64, 64, 10))
+    assert found["bytes"] == pytest.approx(found["formula"], rel=0.05)
+    alone = 4 * 4 * 4096 * (24 + 5)  # float32: parameters, gradients, Adam's two means
+    assert found["gaussian_bytes"] == pytest.approx(alone / gauss, rel=0.1)
+
+
+def test_ranks_that_send_for_nothing_take_their_part_of_a_step_and_others_what_they_send():
+    free = Costs(2.5, 0.05, 0, 0, 1e30, 1e30, 0, 8)
+    alone, many = Case(1, 1, 4096, 64, 64, 1), Case(8, 2, 4096, 64, 64, 1)
+    assert step_seconds(many, free) == pytest.approx(step_seconds(alone, free) / 16)
+    wire = Costs(0, 0, 0, 0, 1e30, 1.0, 0, 1)  # 1 GB/s, and every rank on a node of its own
+    whole = 2 * 3 / 4 * 4 * 4096 * (24 + 5) + 2 * 3 / 4 * 4 * 1000
+    assert step_seconds(Case(4, 1, 4096, 64, 64, 1), wire, common=1000) == pytest.approx(1e-9 * whole)
