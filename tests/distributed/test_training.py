@@ -12,12 +12,15 @@ from spire_dist.config import RunConfig, load_config
 from spire_dist.data.loader import BatchSource
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.mesh import Mesh
+from spire_dist.distributed.stopping import StopFlag
 from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.latent_table import at_home
 from spire_dist.model.latents import ImageEncoder, starting_latents
 from spire_dist.model.mixtures import HierarchicalMixture
+from spire_dist.training.engines import DataParallel
+from spire_dist.training.metrics import RunLog
 from spire_dist.training.saving import load_trainee, read_state, save_trainee, write_start
-from spire_dist.training.trainer import agree, learn, training_order
+from spire_dist.training.trainer import agree, learn, train_stage, training_order
 
 pytestmark = pytest.mark.ranks
 CPU = torch.device("cpu")
@@ -218,3 +221,30 @@ def test_what_is_not_finite_on_one_rank_is_saved_by_none(ranks, tiny_store, tmp_
     assert all(text.startswith("RunError") and "not finite" in text for text in found)
     assert "amplitudes" in found[1]
     assert sorted((run / "checkpoints").iterdir()) == before
+
+
+def _poisoned(mesh: Mesh, run: Path, config: RunConfig) -> tuple[str, list[int]]:
+    """A run in which the objective of the last rank is no number: how it ends, and the rows that rank had."""
+    source = BatchSource(ParticleStore.open(config.data.store))
+    trainee = load_trainee(run, source, config, mesh, CPU)
+    assert isinstance(trainee.engine, DataParallel)
+    if mesh.rank == mesh.world - 1:
+        trainee.engine.objective.register_forward_hook(lambda module, given, made: (made[0] * torch.nan, made[1]))
+    rows = training_order(source, config, 2).rows(trainee.step, mesh.rank, mesh.world)
+    log = RunLog(run, 1000.0, CPU, (2, 0), mesh=mesh)
+    try:
+        train_stage(trainee, source, config, log, StopFlag(), lambda: None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", rows.tolist()
+    return "trained", rows.tolist()
+
+
+def test_a_loss_that_is_no_number_on_one_rank_ends_all_and_names_that_ones_particles(ranks, tiny_store, tmp_path):
+    config = _configured(tiny_store, Way(2, 1))
+    run = _begun(tmp_path / "run", config)
+    (first, other_rows), (second, rows) = ranks(_poisoned, 2, 1, run, config)
+    assert first.startswith("RunError: stage 2, step 1: the loss is not finite")
+    assert second.startswith("ElsewhereError")
+    store = ParticleStore.open(tiny_store)
+    assert f"rows {(store.source_index[rows[:8]] + 1).tolist()}" in first
+    assert str((store.source_index[other_rows[:1]] + 1)[0]) not in first.split("rows [")[1].split("]")[0].split(", ")
