@@ -70,7 +70,7 @@ class OnDevice:
         """Of which only the number of steps is asked."""
         return Order(self.store.count, MOST_IMAGES_PER_CHUNK, batch, seed)
 
-    def training(self, order: Order, first_step: int) -> Iterator[Batch]:
+    def training(self, order: Order, first_step: int, rank: int, world: int) -> Iterator[Batch]:
         """The batch, again and again."""
         return (self._batch for _ in count())
 
