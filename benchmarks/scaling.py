@@ -3,9 +3,10 @@
     python -m benchmarks.scaling OUT [--pair-ns 2.5 --step-ms 3 ...]
 
 A step takes what its pairs of image and Gaussian, its images and Python take, then what its messages take: bytes (the formula
-of `benchmarks.ranks`) over bandwidth, and a latency for each hop. Nothing overlaps, no rank is slower than another, and data
-are there in time. The check takes the costs from one rank alone and from messages of two, and predicts steps of two. For GPUs
-the costs are assumptions, each an option; put in those of your machine.
+of `benchmarks.ranks`) over bandwidth, and a latency for each hop. Ranks wait for the slowest one, a part of a step's work.
+Nothing overlaps, and data are there in time. The check takes the costs from one rank alone, messages of two, and two that
+multiply matrices and wait for each other; it predicts steps of two. For GPUs the costs are assumptions, each an option; put in
+those of your machine.
 """
 
 import multiprocessing
@@ -50,6 +51,8 @@ class Costs:
     """and to one of another node."""
     hop_us: float
     """A message without content, from one rank to the next."""
+    uneven: float
+    """By how much the slowest of several ranks takes longer than one alone, of its work."""
     per_node: int
     """Ranks of a node."""
 
@@ -76,10 +79,11 @@ def main(
     inside_gb: float = 200.0,
     between_gb: float = 25.0,
     hop_us: float = 15.0,
+    uneven: float = 0.05,
     per_node: int = 8,
 ) -> None:
     """Check the model, print what it says of more ranks, write JSON and Markdown."""
-    assumed = Costs(pair_ns, pixel_ns, gaussian_ns, step_ms, inside_gb, between_gb, hop_us, per_node)
+    assumed = Costs(pair_ns, pixel_ns, gaussian_ns, step_ms, inside_gb, between_gb, hop_us, uneven, per_node)
     here = calibrate()
     checks = [{"case": asdict(case), "measured": measure(case)["seconds"], "model": step_seconds(case, here)}
               for case in progress(PAIRS, "two ranks", unit="case")]  # fmt: skip
@@ -92,7 +96,7 @@ def main(
 def step_seconds(case: Case, costs: Costs, common: int = COMMON) -> float:
     """The model: seconds of one step."""
     known = np.array([costs.pair_ns, costs.pixel_ns, costs.gaussian_ns, 1e6 * costs.step_ms])
-    work = 1e-9 * float(known @ _work(case))
+    work = 1e-9 * float(known @ _work(case)) * (1 + (costs.uneven if case.world > 1 else 0))
     sent, gauss, hop = traffic(case, common), case.gauss, 1e-6 * costs.hop_us
     # Latents and poses go there, latents' gradients and images both ways; sums go up and down a tree, the last one agrees.
     hops = 5 * (gauss - 1) + 2 * (log2(case.replicate) + 2 * log2(case.world))
@@ -132,42 +136,58 @@ def calibrate() -> Costs:
     seconds = np.array([measure(case)["seconds"] for case in progress(LONE, "one rank", unit="case")])
     counts = np.array([_work(case) for case in LONE])
     costs, _ = nnls(counts / seconds[:, None], np.ones(len(seconds)))  # of relative errors
-    hop, bandwidth = messages()
+    hop, bandwidth, uneven = together()
     pair, pixel, gaussian, step = (1e9 * costs).tolist()
-    return Costs(pair, pixel, gaussian, 1e-6 * step, 1e-9 * bandwidth, 1e-9 * bandwidth, 1e6 * hop, 2)
+    return Costs(pair, pixel, gaussian, 1e-6 * step, 1e-9 * bandwidth, 1e-9 * bandwidth, 1e6 * hop, uneven, 2)
 
 
-def messages() -> tuple[float, float]:
-    """Seconds of a hop and bytes/s that a rank sends, from sums over two ranks of one number and of 16 MiB."""
+def together() -> tuple[float, float, float]:
+    """Seconds of a hop, bytes/s that a rank sends, and `Costs.uneven`, of two ranks."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_message, args=(rank, port, results)) for rank in range(2)]
+    processes = [context.Process(target=_together, args=(rank, port, results)) for rank in range(2)]
     for process in processes:
         process.start()
-    small, large, size = results.get(timeout=120)
+    small, large, size, alone, both = results.get(timeout=300)
     for process in processes:
         process.join()
-    return small / 2, size / (large - small)
+    return small / 2, size / (large - small), max(0.0, (both - small) / alone - 1)
 
 
-def _message(rank: int, port: int, results: Any) -> None:
+def _together(rank: int, port: int, results: Any) -> None:
     os.environ |= dict(zip(LAUNCH_VARIABLES, map(str, (rank, 2, rank, "localhost", port)), strict=True))
     torch.set_num_threads(1)
+    one, many, matrix = torch.ones(1), torch.ones(1 << 22), torch.randn(400, 400)  # 16 MiB
+
+    def multiply() -> None:
+        for _ in range(10):
+            torch.mm(matrix, matrix)
+
     with init_distributed(1, "cpu", timeout_s=60):
-        found = []
-        for count in (1, 1 << 22):
-            numbers, times = torch.ones(count), []
+        times = []
+        for numbers in (one, many):
+            taken = []
             for _ in range(30):
                 dist.barrier()
                 start = time.perf_counter()
                 dist.all_reduce(numbers.fill_(1))
-                times.append(time.perf_counter() - start)
-            found.append(median(times))
+                taken.append(time.perf_counter() - start)
+            times.append(median(taken))
+        times.append(many.nbytes)  # which is what each of two sends in a ring
+        for sharing in (False, True):
+            dist.barrier()
+            start = time.perf_counter()
+            for _ in range(100):
+                if rank == 0 or sharing:
+                    multiply()
+                if sharing:
+                    dist.all_reduce(one.fill_(1))
+            times.append((time.perf_counter() - start) / 100)
         if rank == 0:
-            results.put((*found, 4 << 22))  # a ring of two sends as many bytes as there are
+            results.put(times)
 
 
 # ---- text
@@ -178,7 +198,8 @@ def check_lines(result: dict[str, Any], here: Costs) -> Iterable[str]:
     yield f"Two ranks of one thread, over gloo. {machine_line(result['machine'])}"
     yield ""
     yield (f"Costs found: {here.pair_ns:.0f} ns a pair, {here.pixel_ns:.1f} ns a pixel, {here.gaussian_ns:.0f} ns a Gaussian, "
-           f"{here.step_ms:.1f} ms a step, {here.inside_gb:.2f} GB/s, {here.hop_us:.0f} µs a hop.")  # fmt: skip
+           f"{here.step_ms:.1f} ms a step, {here.inside_gb:.2f} GB/s, {here.hop_us:.0f} µs a hop, "
+           f"{here.uneven:.0%} of the work waiting for the slower rank.")  # fmt: skip
     yield ""
     rows = []
     for row in result["checks"]:
@@ -199,7 +220,8 @@ def assumed_lines(costs: Costs) -> Iterable[str]:
     """The model's steps on 8 to 512 GPUs."""
     yield (
         f"**Assumed, not measured**, of a GPU: {costs.pair_ns:g} ns a pair, {costs.pixel_ns:g} ns a pixel, "
-        f"{costs.gaussian_ns:g} ns a Gaussian, {costs.step_ms:g} ms a step, {costs.hop_us:g} µs a hop; {costs.per_node} to a "
+        f"{costs.gaussian_ns:g} ns a Gaussian, {costs.step_ms:g} ms a step, {costs.hop_us:g} µs a hop, {costs.uneven:.0%} "
+        f"waiting for the slowest; {costs.per_node} to a "
         f"node, {costs.inside_gb:g} GB/s between them and {costs.between_gb:g} GB/s from each to other nodes. A step's time, "
         "the gauss that makes it shortest, and efficiency beside one GPU with the same images:"
     )

@@ -204,9 +204,9 @@ def test_bytes_on_the_wire_are_those_of_the_formula(replicate, gauss):
 
 
 def test_ranks_that_send_for_nothing_take_their_part_of_a_step_and_others_what_they_send():
-    free = Costs(2.5, 0.05, 0, 0, 1e30, 1e30, 0, 8)
+    free = Costs(2.5, 0.05, 0, 0, 1e30, 1e30, 0, 0, 8)
     alone, many = Case(1, 1, 4096, 64, 64, 1), Case(8, 2, 4096, 64, 64, 1)
     assert step_seconds(many, free) == pytest.approx(step_seconds(alone, free) / 16)
-    wire = Costs(0, 0, 0, 0, 1e30, 1.0, 0, 1)  # 1 GB/s, and every rank on a node of its own
+    wire = Costs(0, 0, 0, 0, 1e30, 1.0, 0, 0, 1)  # 1 GB/s, and every rank on a node of its own
     whole = 2 * 3 / 4 * 4 * 4096 * (24 + 5) + 2 * 3 / 4 * 4 * 1000
     assert step_seconds(Case(4, 1, 4096, 64, 64, 1), wire, common=1000) == pytest.approx(1e-9 * whole)
