@@ -207,7 +207,7 @@ def engines(out: Path) -> list[dict[str, Any]]:
             options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
             _command("train", "--run", str(run), "--processes", "2", "--restarts", "0", *options)
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        stage = [record for record in records if record["stage"] == 1]
+        stage = [record for record in records if record["stage"] == 1][:STEPS]
         later = stage[10:]  # the first ones compile
         seconds = (later[-1]["elapsed_s"] - later[0]["elapsed_s"]) / (len(later) - 1)
         losses = [record["loss"] for record in stage]

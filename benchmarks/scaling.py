@@ -42,7 +42,7 @@ class Costs:
     pixel_ns: float
     """One pixel of an image: Fourier transform, CTF, comparison, forward and backward."""
     gaussian_ns: float
-    """One Gaussian: its step of the optimiser."""
+    """One Gaussian, however many images: its gradients and its step of the optimiser."""
     step_ms: float
     """What every step takes, however small: Python, launches."""
     inside_gb: float
