@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -45,27 +46,29 @@ def main(
     if not (whole / "latents.npy").exists():
         subprocess.run(command(config, whole), check=True, capture_output=True)
     expected = {name: (whole / name).read_bytes() for name in RESULTS}
-    hits: list[dict] = []
-    runs = same = 0
-    bar = iter(progress(range(kills), "kills"))
+    record = out / "hits.jsonl"  # with which the benchmark itself goes on where it was stopped
+    hits: list[dict] = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    bar = iter(progress(range(kills - len(hits)), "kills"))
     while len(hits) < kills:
-        run = out / f"run-{runs}"
+        run = out / f"run-{len(finished(out))}"
         process = subprocess.Popen(command(config, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and len(hits) < kills:
             hit = kill_one(process, run, moments)
             if hit is not None:
                 hits.append(hit)
+                with record.open("a") as file:
+                    file.write(json.dumps(hit) + "\n")
                 next(bar, None)
         if process.wait() != 0:
             raise RuntimeError(f"{run}: ended with {process.returncode}")
-        runs += 1
-        same += all((run / name).read_bytes() == content for name, content in expected.items())
+    runs = finished(out)
+    same = sum(all((run / name).read_bytes() == content for name, content in expected.items()) for run in runs)
     machine = describe_machine(RANKS)
     lost = [hit["lost_s"] for hit in hits if hit["lost_s"] is not None]
     readable = sum(hit["readable"] for hit in hits)
     text = [
-        f"{kills} kills in {runs} runs: {readable} times the newest checkpoint could be read; {same} of {runs} runs ended "
-        f"in the bytes of an undisturbed one; work lost at most {max(lost):.1f} s, saved every {SAVE_S:g} s",
+        f"{kills} kills in {len(runs)} runs: {readable} times the newest checkpoint could be read; {same} of {len(runs)} runs "
+        f"ended in the bytes of an undisturbed one; work lost at most {max(lost):.1f} s, saved every {SAVE_S:g} s",
         machine_line(machine),
         "",
         *table(
@@ -73,7 +76,12 @@ def main(
         ),
     ]
     print("\n".join(text))
-    write(out, "rank_kills", {"machine": machine, "hits": hits, "runs": runs, "same": same}, text)
+    write(out, "rank_kills", {"machine": machine, "hits": hits, "runs": len(runs), "same": same}, text)
+
+
+def finished(out: Path) -> list[Path]:
+    """Runs that have come to their end."""
+    return [run for run in sorted(out.glob("run-*")) if (run / "report.html").exists()]
 
 
 def make_particles(out: Path) -> Path:
@@ -117,7 +125,7 @@ def kill_one(launcher: subprocess.Popen, run: Path, moments: random.Random) -> d
     if launcher.poll() is not None:
         return None
     parent = psutil.Process(launcher.pid)
-    ranks = [child for child in parent.children() if "train" in child.cmdline()]
+    ranks = ranks_of(parent)
     if len(ranks) < RANKS:
         return None
     parent.suspend()
@@ -137,6 +145,16 @@ def kill_one(launcher: subprocess.Popen, run: Path, moments: random.Random) -> d
         "readable": readable,
         "lost_s": lost_seconds(run, state.step if state else 0) if readable else None,
     }
+
+
+def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
+    """The ranks that run; some may end while one looks."""
+    found = []
+    for child in launcher.children():
+        with suppress(psutil.Error):
+            if "train" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
 def phase(run: Path) -> str:
