@@ -27,7 +27,7 @@ from benchmarks.machine import describe_machine, machine_line
 from benchmarks.tables import table, write
 from spire_dist.config import RunConfig, dump_config, validate
 from spire_dist.progress import progress
-from spire_dist.training.saving import read_state
+from spire_dist.training.saving import State, read_state
 
 RANKS = 2
 SAVE_S = 2.0
@@ -143,7 +143,7 @@ def kill_one(launcher: subprocess.Popen, run: Path, moments: random.Random) -> d
     return {
         "when": when,
         "readable": readable,
-        "lost_s": lost_seconds(run, state.step if state else 0) if readable else None,
+        "lost_s": lost_seconds(run, state) if state else None,
     }
 
 
@@ -193,12 +193,10 @@ def records(run: Path) -> list[dict]:
     return found
 
 
-def lost_seconds(run: Path, step: int) -> float | None:
-    """Training time between the newest checkpoint and the last logged step, of the stage they are both of."""
-    found = records(run)
-    status = json.loads((run / "STATUS.json").read_text())
-    same = [record for record in found if record["stage"] == status["stage"]]
-    before = [record["elapsed_s"] for record in same if record["step"] <= step]
+def lost_seconds(run: Path, state: State) -> float | None:
+    """Training time between a checkpoint and the last logged step of its stage; None where that has not one yet."""
+    same = [record for record in records(run) if record["stage"] == state.stage]
+    before = [record["elapsed_s"] for record in same if record["step"] <= state.step]
     return max(0.0, same[-1]["elapsed_s"] - before[-1]) if before else None
 
 
