@@ -3,10 +3,9 @@
     python -m benchmarks.rank_kills OUT [--kills 100]
 
 Runs of half a minute on two ranks that save every other second are started by `spire-dist train --processes 2`, which starts
-again what dies. A third of the kills waits for a save to be under way, a ninth for part discovery; the others come at any
-time.
-After each, before anything starts again, the newest checkpoint is read. Each run must end in the bytes of one that nobody
-disturbed, which it does not where a particle is seen twice or not at all.
+again what dies. Of ten kills one comes while all start, three when a save is under way, two wait for part discovery; four
+come at any time of training. After each, before anything starts again, the newest checkpoint is read. Each run must end in
+the bytes of one that nobody disturbed, which it does not where a particle is seen twice or not at all.
 """
 
 import json
@@ -31,7 +30,7 @@ from spire_dist.training.saving import State, read_state
 
 RANKS = 2
 SAVE_S = 2.0
-LONGEST_WAIT_S = 20.0
+LONGEST_WAIT_S = 30.0
 RESULTS = ("latents.npy", "parts.npy", "stage1/latents.npy")
 
 
@@ -68,7 +67,7 @@ def main(
     readable = sum(hit["readable"] for hit in hits)
     text = [
         f"{kills} kills in {len(runs)} runs: {readable} times the newest checkpoint could be read; {same} of {len(runs)} runs "
-        f"ended in the bytes of an undisturbed one; work lost at most {max(lost):.1f} s, saved every {SAVE_S:g} s",
+        f"ended in the bytes of an undisturbed one; work lost at most {max(lost, default=0.0):.1f} s, saved every {SAVE_S:g} s",
         machine_line(machine),
         "",
         *table(
@@ -112,16 +111,23 @@ def command(config: Path, run: Path) -> list[str]:
 
 def kill_one(launcher: subprocess.Popen, run: Path, moments: random.Random) -> dict | None:
     """Kill a rank at a random moment; None where the run ended before. The launcher stands still while it is looked at."""
-    kind = moments.choice(["any", "any", "any", "any", "any", "saving", "saving", "saving", "parts"])
-    time.sleep(moments.uniform(3, 12))
-    waiting: dict[str, Callable[[], bool]] = {
-        "saving": lambda: bool(partials(run)),
-        "parts": lambda: finding_parts(run),
-    }
-    if kind in waiting:
-        end = time.monotonic() + LONGEST_WAIT_S
-        while not waiting[kind]() and time.monotonic() < end and launcher.poll() is None:
-            time.sleep(0.001)
+    kind, began = moments.choice(["start", *["any"] * 4, *["saving"] * 3, *["parts"] * 2]), time.time()
+
+    def wait_for(condition: Callable[[], bool], longest_s: float) -> None:
+        end = time.time() + longest_s
+        while not condition() and time.time() < end and launcher.poll() is None:
+            time.sleep(0.003)
+
+    if kind == "start":
+        time.sleep(moments.uniform(0, 8))
+    else:
+        wait_for(lambda: logged_after(run, began), 120.0)
+        time.sleep(moments.uniform(0, 4))
+    if kind == "saving":
+        wait_for(lambda: any(path.stat().st_mtime > began for path in partials(run)), LONGEST_WAIT_S)
+    if kind == "parts" and in_first_stage(run):
+        wait_for(lambda: finding_parts(run), LONGEST_WAIT_S)
+        time.sleep(moments.uniform(0, 0.5))
     if launcher.poll() is not None:
         return None
     parent = psutil.Process(launcher.pid)
@@ -129,7 +135,7 @@ def kill_one(launcher: subprocess.Popen, run: Path, moments: random.Random) -> d
     if len(ranks) < RANKS:
         return None
     parent.suspend()
-    when = phase(run)
+    when = phase(run, max(rank.create_time() for rank in ranks))
     victim = moments.choice(ranks)
     victim.kill()
     time.sleep(0.5)  # the other one may be writing still, until it notices
@@ -157,15 +163,30 @@ def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def phase(run: Path) -> str:
-    """What the run is doing, from its files."""
+def phase(run: Path, started: float) -> str:
+    """What a run is doing whose ranks were started at a time (Unix): by its files, of which some are of earlier lives."""
     if not (run / "latest").exists():
         return "before the first checkpoint"
-    if partials(run):
+    if any(path.stat().st_mtime > started for path in partials(run)):
         return "saving"
     if (run / "latents.npy").exists():
         return "writing results"
-    return "part discovery" if finding_parts(run) else "training"
+    if finding_parts(run):
+        return "part discovery"
+    return "training" if logged_after(run, started) else "starting again"
+
+
+def logged_after(run: Path, moment: float) -> bool:
+    """Whether the first rank has logged a step since then."""
+    metrics = run / "metrics.jsonl"
+    found = records(run) if metrics.exists() and metrics.stat().st_mtime > moment else []
+    return bool(found) and found[-1]["time"] > moment
+
+
+def in_first_stage(run: Path) -> bool:
+    """Whether the last logged step is of stage 1."""
+    found = records(run)
+    return bool(found) and found[-1]["stage"] == 1
 
 
 def partials(run: Path) -> list[Path]:
