@@ -177,9 +177,9 @@ def phase(run: Path, started: float) -> str:
 
 
 def logged_after(run: Path, moment: float) -> bool:
-    """Whether the first rank has logged a step since then."""
-    metrics = run / "metrics.jsonl"
-    found = records(run) if metrics.exists() and metrics.stat().st_mtime > moment else []
+    """Whether the first rank has logged a step since then (Unix time)."""
+    path = run / "ranks" / "rank-0000.jsonl"
+    found = records(run, path) if path.exists() and path.stat().st_mtime > moment else []
     return bool(found) and found[-1]["time"] > moment
 
 
@@ -201,9 +201,9 @@ def finding_parts(run: Path) -> bool:
     return ended and not list((run / "checkpoints").glob("step-2*"))
 
 
-def records(run: Path) -> list[dict]:
-    """What the first rank has logged."""
-    path = run / "metrics.jsonl"
+def records(run: Path, path: Path | None = None) -> list[dict]:
+    """What the first rank has logged of all ranks, or of itself."""
+    path = path or run / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
