@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,20 +85,8 @@ def main(out: Annotated[Path, typer.Argument(help="Folder for results.")]) -> No
 
 def measure(case: Case) -> dict[str, Any]:
     """Seconds per step, share of collectives, bytes sent per rank and step, memory of a rank's Gaussians."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    places = [dict(zip(LAUNCH_VARIABLES, map(str, (rank, case.world, rank, "localhost", port)), strict=True))
-              for rank in range(case.world)]  # fmt: skip
-    processes = [context.Process(target=_rank, args=(case, place, results)) for place in places]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=600) for _ in processes]
-    for process in processes:
-        process.join()
-    first = next(row for row in found if row["rank"] == 0)
+    found = on_ranks(case.world, _rank, case)
+    first = found[0]
     return {
         "seconds": first["seconds"],
         "collective_share": float(np.mean([row["collective_share"] for row in found])),
@@ -120,12 +109,34 @@ def traffic(case: Case, common: int) -> dict[str, float]:
     }
 
 
-def _rank(case: Case, place: dict[str, str], results: Any) -> None:
-    os.environ |= place
+def on_ranks(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in `world` new processes of one thread that can meet as ranks, rank by rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=_placed, args=(rank, world, port, results, work, arguments)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    found = dict(results.get(timeout=600) for _ in processes)
+    for process in processes:
+        process.join()
+    return [found[rank] for rank in range(world)]
+
+
+def _placed(rank: int, world: int, port: int, results: Any, work: Callable[..., Any], arguments: tuple) -> None:
+    os.environ |= dict(zip(LAUNCH_VARIABLES, map(str, (rank, world, rank, "localhost", port)), strict=True))
     torch.set_num_threads(1)
     import numba
 
     numba.set_num_threads(1)
+    results.put((rank, work(*arguments)))
+
+
+def _rank(case: Case) -> dict[str, Any]:
     with init_distributed(case.gauss, "cpu", timeout_s=300) as mesh:
         trainee, batch = _begun(case, mesh)
 
@@ -147,13 +158,13 @@ def _rank(case: Case, place: dict[str, str], results: Any) -> None:
         optimiser = trainee.engine.optimiser
         own = list(trainee.engine.gaussians.values())
         tensors = [t for p in own for t in (p, p.grad, *optimiser.state[p].values()) if isinstance(t, torch.Tensor)]
-        results.put({
-            "rank": mesh.rank, "seconds": seconds, "wire_bytes": sent / case.steps,
+        return {
+            "seconds": seconds, "wire_bytes": sent / case.steps,
             "collective_share": (WAITING.seconds - waited) / case.steps / seconds,
             "common": sum(p.numel() for p in trainee.engine.common.values()),
             "gaussian_bytes": sum(t.numel() * t.element_size() for t in tensors),
             "gib": psutil.Process().memory_info().rss / 2**30,
-        })  # fmt: skip
+        }  # fmt: skip
 
 
 def _begun(case: Case, mesh: Mesh) -> tuple[Trainee, Batch]:

@@ -9,9 +9,6 @@ multiply matrices and wait for each other; it predicts steps of two. For GPUs th
 those of your machine.
 """
 
-import multiprocessing
-import os
-import socket
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -27,9 +24,9 @@ import typer
 from scipy.optimize import nnls
 
 from benchmarks.machine import describe_machine, machine_line
-from benchmarks.ranks import Case, measure, traffic
+from benchmarks.ranks import Case, measure, on_ranks, traffic
 from benchmarks.tables import table, write
-from spire_dist.distributed.mesh import LAUNCH_VARIABLES, init_distributed
+from spire_dist.distributed.mesh import init_distributed
 from spire_dist.progress import progress
 
 
@@ -143,30 +140,18 @@ def calibrate() -> Costs:
 
 def together() -> tuple[float, float, float]:
     """Seconds of a hop, bytes/s that a rank sends, and `Costs.uneven`, of two ranks."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_together, args=(rank, port, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    small, large, size, alone, both = results.get(timeout=300)
-    for process in processes:
-        process.join()
+    small, large, size, alone, both = on_ranks(2, _together)[0]
     return small / 2, size / (large - small), max(0.0, (both - small) / alone - 1)
 
 
-def _together(rank: int, port: int, results: Any) -> None:
-    os.environ |= dict(zip(LAUNCH_VARIABLES, map(str, (rank, 2, rank, "localhost", port)), strict=True))
-    torch.set_num_threads(1)
+def _together() -> list[float]:
     one, many, matrix = torch.ones(1), torch.ones(1 << 22), torch.randn(400, 400)  # 16 MiB
 
     def multiply() -> None:
         for _ in range(10):
             torch.mm(matrix, matrix)
 
-    with init_distributed(1, "cpu", timeout_s=60):
+    with init_distributed(1, "cpu", timeout_s=60) as mesh:
         times = []
         for numbers in (one, many):
             taken = []
@@ -181,13 +166,12 @@ def _together(rank: int, port: int, results: Any) -> None:
             dist.barrier()
             start = time.perf_counter()
             for _ in range(100):
-                if rank == 0 or sharing:
+                if mesh.rank == 0 or sharing:
                     multiply()
                 if sharing:
                     dist.all_reduce(one.fill_(1))
             times.append((time.perf_counter() - start) / 100)
-        if rank == 0:
-            results.put(times)
+        return times
 
 
 # ---- text
