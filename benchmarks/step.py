@@ -30,6 +30,7 @@ from benchmarks.tables import table, write
 from spire_dist.config import HierarchyConfig, PartsConfig, RunConfig, StageConfig
 from spire_dist.data.loader import BatchSource
 from spire_dist.data.store import ParticleStore
+from spire_dist.distributed.heartbeat import Heartbeat
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.model.latents import starting_latents
 from spire_dist.model.mixtures import CoarseMixture
@@ -121,7 +122,8 @@ def train_epochs(trainee: Trainee, config: RunConfig, source: BatchSource, epoch
         never = math.inf  # but at the end
         log = RunLog(Path(folder), never, torch.device("cpu"), (trainee.stage, trainee.step))
         longer = config.model_copy(update={f"stage{trainee.stage}": stage.model_copy(update={"epochs": end})})
-        train_stage(trainee, source, longer, log, stop, save=lambda: None)
+        beat = Heartbeat(Path(folder), trainee.mesh, (trainee.stage, trainee.step))
+        train_stage(trainee, source, longer, log, beat, stop, save=lambda: None)
         log.close()
         return json.loads((Path(folder) / "metrics.jsonl").read_text())["images_per_s"]
 

@@ -88,9 +88,11 @@ def _valid(field: FieldInfo) -> str:
     bounds = [
         f"{BOUNDS[kind]} {getattr(item, kind)}" for item in field.metadata for kind in BOUNDS if hasattr(item, kind)
     ]
+    if get_origin(field.annotation) in (dict, list):
+        return "table" if get_origin(field.annotation) is dict else "list of texts"
     [kind] = {*(get_args(field.annotation) or (field.annotation,))} - {type(None)}
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    words = {int: "whole number", float: "number", Path: "path", bool: "`true`, `false`"}
+    words = {int: "whole number", float: "number", Path: "path", str: "text", bool: "`true`, `false`"}
     return f"{words[kind]} {', '.join(bounds)}".strip()
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from spire_dist import __version__
+from spire_dist import __version__, cli_cluster
 from spire_dist.errors import SpireError
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # which would swallow the defaults in square brackets
     help="CryoSPIRE: see molecules move. Particles in; parts, a latent space and maps out.",
 )
+
+app.add_typer(cli_cluster.verbs)
 
 Run = Annotated[Path, typer.Argument(help="Run directory of `spire-dist train`.")]
 Store = Annotated[Path, typer.Argument(help="Particle store made by `spire-dist prep`.")]
@@ -388,30 +390,6 @@ def report(run: Run) -> None:
     from spire_dist.results.report import write_report
 
     print(write_report(run))
-
-
-@app.command()
-def submit(
-    config: Annotated[Path, typer.Argument(help="TOML file, as for train.")],
-    run: Annotated[Path, typer.Option(help="Run directory.")] = Path("run"),
-    cluster: Annotated[str, typer.Option(help="slurm, or local to try it out.")] = "slurm",
-    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
-    time_min: Annotated[int, typer.Option(help="Time limit, minutes.")] = 24 * 60,
-    gpus: Annotated[int, typer.Option(help="GPUs of the one node.")] = 1,
-    cpus: Annotated[int, typer.Option(help="CPU cores.")] = 8,
-    memory_gib: Annotated[float, typer.Option(help="Memory, GiB.")] = 32.0,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(help="Any further sbatch option as key=value, repeatable.")
-    ] = None,
-) -> None:
-    """Queue `train` on a Slurm cluster and return at once with the job id."""
-    from cluster.submit import submit as queue
-
-    job = queue(
-        config, run, cluster=cluster, partition=partition, time_min=time_min, gpus=gpus, cpus=cpus, memory_gib=memory_gib,  # type: ignore[arg-type]
-        sbatch=sbatch or (),
-    )  # fmt: skip
-    print(job)
 
 
 def _end_with(problems: list[str], good: str) -> None:

@@ -152,6 +152,31 @@ class ParallelConfig(Section):
     """Seconds a rank waits for another one before it gives up and names it."""
 
 
+class JobConfig(Section):
+    """What `spire-dist submit` asks Slurm for; a task is a rank. May change whenever a run goes on."""
+
+    nodes: int = Field(default=1, ge=1)
+    """Nodes of the job."""
+    tasks_per_node: int = Field(default=1, ge=1)
+    """Ranks on each node, one for each of its GPUs."""
+    gpus_per_task: int = Field(default=1, ge=0, le=1)
+    """1, or 0 on a cluster without GPUs and where `sbatch` asks for them in the site's own way (gres)."""
+    cpus_per_task: int = Field(default=8, ge=1)
+    """CPU cores of a rank."""
+    memory_gib: float = Field(default=32, gt=0)
+    """GiB of memory on each node."""
+    time_min: int = Field(default=24 * 60, ge=1)
+    """Minutes of one life of the job. The run saves before they are over and is queued again."""
+    partition: str | None = None
+    """Slurm's partition; by default the site's."""
+    requeues: int = Field(default=100, ge=0)
+    """How often the job may be queued again: after time limits, preemptions and crashes, all counted."""
+    sbatch: dict[str, str | int | bool] = {}
+    """Any further option of sbatch, without its dashes; wins over those above: account = "lab", exclusive = true."""
+    setup: list[str] = []
+    """Shell lines before the ranks start: module load cuda."""
+
+
 class OutputConfig(Section):
     """What a run writes while it trains."""
 
@@ -182,6 +207,7 @@ class RunConfig(Section):
     stage2: HierarchyConfig = HierarchyConfig()
     parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig = OutputConfig()
+    job: JobConfig = JobConfig()
     projector: Literal["auto", "torch", "numba", "triton", "triton-dense"] = "auto"
     """How Gaussians become images; `auto` takes the local splat of the device: numba on a CPU, Triton on a GPU."""
     features: int = Field(default=24, ge=1)

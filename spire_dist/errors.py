@@ -36,7 +36,7 @@ class Stopped(SpireError):
 class RankLostError(SpireError, RuntimeError):
     """Other ranks of a run have died or hang. What was saved is whole; starting again goes on from there."""
 
-    exit_code = 1
+    exit_code = 69  # EX_UNAVAILABLE: not by its own doing; a batch system may know more about the others
 
 
 class ElsewhereError(SpireError):

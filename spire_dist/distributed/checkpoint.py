@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 
+from spire_dist.distributed.holder import life, refuse_superseded
 from spire_dist.distributed.mesh import Mesh
 from spire_dist.errors import RunError
 from spire_dist.files import flush, remove, write_durably
@@ -50,12 +51,16 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step`, all ranks together, and drop all but the newest `keep`.
 
-    Killed at any moment, the run still has its previous checkpoint. One that is there already is of the same state (a run
+    Killed at any moment, the run still has its previous checkpoint. Raises RunError, and saves nothing, where a newer life of
+    this Slurm job has taken the run. One that is there already is of the same state (a run
     that goes on at the end of a stage saves its step again) and stays.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
-    partial = folder.with_name(f".{folder.name}.partial")
+    # Two lives of a Slurm job, one of them on nodes that were given up, may be at the same step.
+    partial = folder.with_name(f".{folder.name}{f'-{life()}' if life() else ''}.partial")
     there = torch.tensor([int((folder / COMMIT).exists())])
+    if mesh.rank == 0:
+        refuse_superseded(run)
     if mesh.rank == 0 and not there:
         remove(folder)
         remove(partial)
@@ -74,6 +79,7 @@ def save_checkpoint(
             axes = {name: part.axis for name, part in tensors.items() if isinstance(part, Rows)}
             write_durably(partial / FACTS, json.dumps({"rows": axes, "facts": facts}))
             write_durably(partial / COMMIT, f"{step}\n")
+            refuse_superseded(run)
             partial.rename(folder)
             flush(folder.parent)
         write_durably(run / "latest", f"{folder.name}\n")

@@ -72,7 +72,8 @@ class RunLog:
         if self._steps == 0:
             return
         seconds = time.monotonic() - self._last
-        where = {"stage": stage, "step": step, "epoch": round(epoch, 3)}
+        where = {"stage": stage, "step": step, "epoch": round(epoch, 3), "time": round(time.time(), 2)}
+        left_s = (total - step) * seconds / self._steps
         own = {
             "images_per_s": round(self._own_images / seconds, 1),
             "wait_share": round((waited_s - self._waited) / seconds, 4),
@@ -81,31 +82,32 @@ class RunLog:
             "elapsed_s": round(self.elapsed_s, 2),
         }
         if self._mesh.world > 1:
-            _append(self._files[-1], where | {"time": round(time.time(), 2)} | own)
+            _append(self._files[-1], where | own)
         ranks = everyones(own, self._mesh.world_group)
         if self._mesh.rank == 0:
-            record = where | {"loss": self._loss / self._steps} | own
+            record = where | {"total": total, "left_s": round(left_s, 1), "loss": self._loss / self._steps} | own
             record["images_per_s"] = round(self._images / seconds, 1)
             if self._mesh.world > 1:
                 record |= {"ranks": len(ranks), "memory_gib": max(rank["memory_gib"] for rank in ranks)} | slowest(
                     ranks
                 )
-            self._tell(record, total, (total - step) * seconds / self._steps)
+            self._tell(record)
         self.restart_interval(waited_s)
 
-    def _tell(self, record: dict[str, Any], total: int, left_s: float) -> None:
+    def _tell(self, record: dict[str, Any]) -> None:
         """On the first rank: file, TensorBoard and console."""
         _append(self._files[0], record)
         for key in ("loss", "images_per_s", "wait_share", "collective_share", "memory_gib"):
             self._tensorboard.add_scalar(f"stage{record['stage']}/{key}", record[key], record["step"])
         self._tensorboard.flush()
         line = (
-            f"stage {record['stage']}  step {record['step']}/{total}  epoch {record['epoch']:.1f}  loss {record['loss']:.5f}  "
+            f"stage {record['stage']}  step {record['step']}/{record['total']}  epoch {record['epoch']:.1f}  "
+            f"loss {record['loss']:.5f}  "
             f"{record['images_per_s']:.0f} images/s  wait {100 * record['wait_share']:.0f} %  "
         )
         if "ranks" in record:
             line += f"collectives {100 * record['collective_share']:.0f} %  "
-        line += f"{record['memory_gib']:.2f} GiB  {left_s:.0f} s left"
+        line += f"{record['memory_gib']:.2f} GiB  {record['left_s']:.0f} s left"
         if record.get("slowest_rank") is not None:
             line += (
                 f"  the others wait for rank {record['slowest_rank']}: {record['slowest_times']:.1f} times their work"

@@ -4,14 +4,11 @@ config.toml  command.txt  environment.json  STATUS.json  metrics.jsonl  tb/  che
 volumes/consensus*.mrc  latents.npy  parts.npy  stage1/ (the coarse model as it ended, laid out like the run itself)
 """
 
-import fcntl
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from spire_dist import __version__
 from spire_dist.config import RunConfig, dump_config, load_config, with_absolute_paths
 from spire_dist.data.store import ParticleStore
+from spire_dist.distributed.holder import superseded
 from spire_dist.errors import ConfigError, RunError
 from spire_dist.files import write_durably
 from spire_dist.machine import cores
@@ -30,7 +28,7 @@ from spire_dist.model.mixtures import Mixture
 from spire_dist.physics.projector import render_volume
 from spire_dist.training.saving import mixture_from_state, read_state
 
-FREE_TO_CHANGE = ("output", "threads", "device", "projector", "data", "parallel")
+FREE_TO_CHANGE = ("output", "threads", "device", "projector", "data", "parallel", "job")
 """Settings that may differ when a run is continued; all others decide what is computed. (A store may have moved: its
 fingerprint tells whether it is the same.)"""
 
@@ -93,23 +91,10 @@ def _refuse_other_config(run: Path, config: RunConfig) -> None:
         )
 
 
-@contextmanager
-def sole_trainer(run: Path) -> Iterator[None]:
-    """Hold a run directory for this process. Raises RunError while another one trains there (requeued and by hand, say)."""
-    with open(run / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(
-                f"{run}: another process trains here (its pid is in STATUS.json); wait for it or stop it"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-
-
 def write_status(run: Path, state: str, stage: int, step: int, message: str = "") -> None:
     """STATUS.json: `training`, `stopped`, `failed` or `complete`, readable by any tool at any moment."""
+    if superseded(run):  # it tells of the run's newer life now
+        return
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record = {"state": state, "stage": stage, "step": step, "time": now, "pid": os.getpid(), "message": message}
     write_durably(run / "STATUS.json", json.dumps(record) + "\n")

@@ -22,6 +22,8 @@ from spire_dist.data.resident import resident_images
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.checkpoint import ALONE, read_facts
 from spire_dist.distributed.collectives import everyones, first_alone
+from spire_dist.distributed.heartbeat import Heartbeat
+from spire_dist.distributed.holder import sole_trainer
 from spire_dist.distributed.mesh import Mesh, init_distributed
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.errors import ConfigError, SourceError, Stopped
@@ -34,7 +36,7 @@ from spire_dist.model.mixtures import CoarseMixture
 from spire_dist.physics.projector import choose_backend
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
-from spire_dist.training.run import open_run, sole_trainer, write_status
+from spire_dist.training.run import open_run, write_status
 from spire_dist.training.saving import (
     State,
     encoder_from_state,
@@ -63,6 +65,7 @@ class _Session:
     config: RunConfig
     device: torch.device
     log: RunLog
+    beat: Heartbeat
     stop: StopFlag
     mesh: Mesh
 
@@ -108,7 +111,8 @@ def train(config: RunConfig, run: Path, blocks: Blocks | None = None) -> bool:
         source = open_source(config, store, device, blocks)
         elapsed_s = facts["elapsed_s"] if facts else 0.0
         log = RunLog(run, config.output.log_seconds, device, where, elapsed_s, mesh)
-        _train_both(_Session(run, source, config, device, log, stop, mesh), where if facts else None)
+        with Heartbeat(run, mesh, where) as beat:
+            _train_both(_Session(run, source, config, device, log, beat, stop, mesh), where if facts else None)
         log.close()
         return mesh.rank == 0
 
@@ -285,7 +289,7 @@ def _train(session: _Session) -> None:
         if mesh.rank == 0:
             write_status(run, "training", trainee.stage, trainee.step)
 
-    train_stage(trainee, source, config, log, session.stop, save)
+    train_stage(trainee, source, config, log, session.beat, session.stop, save)
     save()
 
 

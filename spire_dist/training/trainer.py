@@ -13,6 +13,7 @@ from spire_dist.config import RunConfig
 from spire_dist.data.loader import Batch, BatchSource, Prefetcher
 from spire_dist.data.order import Order
 from spire_dist.distributed.collectives import everyones, sum_over
+from spire_dist.distributed.heartbeat import Heartbeat
 from spire_dist.distributed.mesh import Mesh
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.errors import ElsewhereError, RunError, Stopped
@@ -65,7 +66,13 @@ def training_order(source: BatchSource, config: RunConfig, stage: int) -> Order:
 
 
 def train_stage(
-    trainee: Trainee, source: BatchSource, config: RunConfig, log: RunLog, stop: StopFlag, save: Callable[[], None]
+    trainee: Trainee,
+    source: BatchSource,
+    config: RunConfig,
+    log: RunLog,
+    beat: Heartbeat,
+    stop: StopFlag,
+    save: Callable[[], None],
 ) -> None:
     """Train to the end of the stage; `save()` is called at intervals and before leaving. Raises Stopped on request."""
     mesh, stage = trainee.mesh, config.stage1 if trainee.stage == 1 else config.stage2
@@ -77,6 +84,7 @@ def train_stage(
     log.restart_interval()
     try:
         while trainee.step < total:
+            beat.where = (trainee.stage, trainee.step)
             if mesh.pulse is not None:
                 mesh.pulse.step = trainee.step
             batch = data.next()

@@ -11,6 +11,7 @@ import torch
 from spire_dist.config import RunConfig, load_config
 from spire_dist.data.loader import BatchSource
 from spire_dist.data.store import ParticleStore
+from spire_dist.distributed.heartbeat import Heartbeat
 from spire_dist.distributed.mesh import Mesh
 from spire_dist.distributed.stopping import StopFlag
 from spire_dist.model.gaussians import Gaussians
@@ -233,7 +234,7 @@ def _poisoned(mesh: Mesh, run: Path, config: RunConfig) -> tuple[str, list[int]]
     rows = training_order(source, config, 2).rows(trainee.step, mesh.rank, mesh.world)
     log = RunLog(run, 1000.0, CPU, (2, 0), mesh=mesh)
     try:
-        train_stage(trainee, source, config, log, StopFlag(), lambda: None)
+        train_stage(trainee, source, config, log, Heartbeat(run, mesh, (2, 0)), StopFlag(), lambda: None)
     except Exception as error:
         return f"{type(error).__name__}: {error}", rows.tolist()
     return "trained", rows.tolist()

@@ -13,10 +13,11 @@ from data_prep.convert import prepare
 from spire_dist.config import load_config
 from spire_dist.data.blocks import local_blocks
 from spire_dist.data.store import ParticleStore
+from spire_dist.distributed.holder import sole_trainer
 from spire_dist.errors import ConfigError, RunError, SourceError, StoreError
 from spire_dist.maps import read_map, write_map
 from spire_dist.physics.projector import render_volume
-from spire_dist.training.run import load_run, sole_trainer
+from spire_dist.training.run import load_run
 from spire_dist.training.train import train
 
 
@@ -70,6 +71,9 @@ def test_every_metrics_line_has_all_its_keys_and_the_loss_falls(finished):
         "collective_share",
         "memory_gib",
         "elapsed_s",
+        "total",
+        "left_s",
+        "time",
     }
     assert all(set(record) == keys for record in records)
     assert [r["step"] for r in records if r["stage"] == 1][-1] == 40
