@@ -42,7 +42,7 @@ def two_nodes() -> Iterator[str]:
 def slurm() -> Iterator[Lab]:
     """A Slurm of two nodes; its commands work inside a test that asks for this, and jobs see what the test sees."""
     install_programs()
-    with slurm_lab(2, node_timeout_s=2) as lab, commands_find(lab):
+    with slurm_lab(2) as lab, commands_find(lab):
         yield lab
 
 
@@ -52,7 +52,7 @@ def walled_slurm() -> Iterator[Lab]:
     install_programs()
     if os.geteuid() != 0:
         pytest.skip("needs to be root, to make network namespaces")
-    with slurm_lab(3, walled=True, node_timeout_s=2) as lab, commands_find(lab):
+    with slurm_lab(3, walled=True, node_timeout_s=3) as lab, commands_find(lab):
         yield lab
 
 
@@ -74,9 +74,10 @@ def install_programs(attempts: int = 3) -> None:
                 if not packages:
                     break
                 time.sleep(10 * attempt)  # anybody else's apt may hold its locks
-                install = f"apt-get update && apt-get -o DPkg::Lock::Timeout=120 install -y --no-install-recommends {' '.join(packages)}"
                 environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-                subprocess.run(install, shell=True, env=environment, capture_output=True, timeout=300, check=False)
+                for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+                    words = ["apt-get", "-o", "DPkg::Lock::Timeout=120", *command]
+                    subprocess.run(words, env=environment, capture_output=True, timeout=300, check=False)
     if missing_packages():
         pytest.skip(f"needs a Slurm to start: apt-get install {' '.join(missing_packages())}")
 
