@@ -1,8 +1,8 @@
 """Queue work and return at once: submitit writes the batch file, keeps the log and queues the job again.
 
-`submit`, of `spire-dist submit` and notebooks, queues a training run: one node, one task; `slurm/train.sh` is the same job by
-hand. `queue` and what it needs serve `prep_jobs.py` as well. submitit is imported inside the functions, because the core
-works without it.
+`submit`, of `spire-dist submit` and notebooks, queues a training run, a task for each rank; `slurm/train.sh` is the same job
+by hand, and both end in `entry.py`. `queue` and what it needs serve `prep_jobs.py` as well. submitit is imported inside the
+functions, because the core works without it.
 """
 
 import os
@@ -10,16 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from cluster.entry import Stops, run_rank
 from spire_dist.config import load_config
 from spire_dist.errors import ConfigError, RunError, Stopped
+from spire_dist.files import write_json
 
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
@@ -32,61 +34,73 @@ SIGNAL_DELAY_S = 180
 MAX_TIME_LIMITS = 100
 """Time limits one job may meet. submitit allows three, too few for a long run; here each one ends in a checkpoint."""
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-"""USR2: submitit's notice of a time limit. TERM: preemption. INT: Ctrl-C or the end of a local job."""
-
 
 def submit(
-    config: Path,
-    run: Path,
-    *,
-    cluster: Cluster = "slurm",
-    partition: str | None = None,
-    time_min: int = 24 * 60,
-    gpus: int = 1,
-    cpus: int = 8,
-    memory_gib: float = 32.0,
-    sbatch: Sequence[str] = (),
+    config: Path, run: Path, *, cluster: Cluster = "slurm", settings: Sequence[str] = (), sbatch: Sequence[str] = ()
 ) -> str:
-    """Queue `spire-dist train CONFIG --run RUN` and return the job id. The log comes to `RUN/jobs/`.
+    """Queue `spire-dist train CONFIG --run RUN` and return the job id at once. Logs come to `RUN/jobs/`, one for each rank.
 
-    `sbatch` are further options, "key=value" or "flag", that win over the others ("account=lab", "exclusive"); where a
-    site wants `gres=gpu:1`, give `gpus=0` beside it. `cluster="local"` runs the job on this machine, for trying out.
+    What Slurm is asked for stands in the configuration's [job]. `settings` are "section.key=value", as for `train`. `sbatch`
+    are further options, "key=value" or "flag", that win over the others ("account=lab", "exclusive"). `cluster="local"` runs
+    the ranks of one node on this machine, for trying out.
     Raises ConfigError for a setting that cannot work and RunError where Slurm refuses; neither leaves a job behind.
     """
-    load_config(config)  # a mistake is told now and not after hours in the queue
-    command = [sys.executable, "-m", "spire_dist.cli", "train", str(config.resolve()), "--run", str(run.resolve())]
+    job = load_config(config, overrides=list(settings)).job  # a mistake is told now and not after hours in the queue
+    run = run.resolve()
+    options = tuple(word for setting in settings for word in ("--set", setting))
     parameters = job_parameters(
-        name=f"spire-{run.resolve().name}",
-        partition=partition,
-        time_min=time_min,
-        gpus=gpus,
-        cpus=cpus,
-        memory_gib=memory_gib,
-        sbatch=sbatch,
-    )
-    return queue([Job(tuple(command))], run.resolve() / "jobs", cluster, parameters)
+        name=f"spire-{run.name}",
+        nodes=job.nodes,
+        tasks_per_node=job.tasks_per_node,
+        partition=job.partition,
+        time_min=job.time_min,
+        gpus=job.tasks_per_node * job.gpus_per_task,
+        cpus=job.cpus_per_task,
+        memory_gib=job.memory_gib,
+        setup=job.setup,
+        sbatch=[*(f"{key}={value}" if value is not True else key for key, value in job.sbatch.items() if value is not False),
+                *sbatch],
+    )  # fmt: skip
+    if cluster == "local":
+        train = [sys.executable, "-m", "spire_dist.cli", "train", str(config.resolve()), "--run", str(run), *options]
+        task = Job((*train, "--processes", str(job.tasks_per_node)))
+        parameters |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None}
+    else:
+        task = Rank(config.resolve(), run, options)
+    number = queue([task], run / "jobs", cluster, parameters)
+    write_json(run / "jobs" / "job.json", {"id": number, "cluster": cluster, "time": time.time()})
+    return number
 
 
 def job_parameters(
-    *, name: str, partition: str | None, time_min: int, gpus: int, cpus: int, memory_gib: float, sbatch: Sequence[str]
+    *,
+    name: str,
+    partition: str | None,
+    time_min: int,
+    gpus: int,
+    cpus: int,
+    memory_gib: float,
+    sbatch: Sequence[str],
+    nodes: int = 1,
+    tasks_per_node: int = 1,
+    setup: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a one-node job needs, under submitit's names."""
-    for option, value in {"--time-min": time_min, "--cpus": cpus, "--memory-gib": memory_gib}.items():
-        if value <= 0:
-            raise ConfigError(f"{option} {value}: must be above 0")
-    if gpus < 0:
-        raise ConfigError(f"--gpus {gpus}: must be 0 or more")
+    """What a job needs, under submitit's names: `gpus` and `memory_gib` of each node, `cpus` of each task."""
+    if time_min <= 0:
+        raise ConfigError(f"--time-min {time_min}: must be above 0")
     return {
         "name": name,
-        "nodes": 1,
-        "tasks_per_node": 1,
+        "nodes": nodes,
+        "tasks_per_node": tasks_per_node,
         "timeout_min": time_min,
         "gpus_per_node": gpus or None,  # clusters without GPUs refuse even a request for none
         "cpus_per_task": cpus,
         "mem_gb": memory_gib,
+        "stderr_to_stdout": True,
         "slurm_partition": partition,
         "slurm_signal_delay_s": SIGNAL_DELAY_S,
+        "slurm_setup": list(setup) or None,
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],  # a lost rank ends the step, and does not leave the others waiting
         "slurm_additional_parameters": {"requeue": True} | dict(map(_sbatch_option, sbatch)),
     }
 
@@ -162,7 +176,8 @@ class Job(Task):
 
     def __call__(self) -> None:
         """Run the command. 75 queues the job again; any other failure, a configuration error above all, does not."""
-        code = run_passing_stops_on(self.command)
+        with Stops() as stops:
+            code = stops.run(self.command)
         if code == Stopped.exit_code and _still_wanted():
             # submitit's own handler: checkpoint(), requeue, leave. It runs now, after the command has saved, and not
             # inside the signal, where the process would be gone before the checkpoint is.
@@ -171,24 +186,17 @@ class Job(Task):
             raise RunError(f"{' '.join(self.command)}: ended with exit code {code}; its last lines above say why")
 
 
-def run_passing_stops_on(command: Sequence[str]) -> int:
-    """Exit code of `command`; a stop signal that arrives here meanwhile reaches it as TERM."""
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    # Slurm signals every process of the step, and USR2 kills one that is still starting; an ignored signal stays so
-    # in the child until it asks for it.
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    child = subprocess.Popen(command)
+@dataclass(frozen=True)
+class Rank(Task):
+    """One task of a training job on Slurm. What becomes of the job when it ends, `cluster.entry` sees to, not submitit."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        child.terminate()
+    config: Path
+    run: Path
+    options: tuple[str, ...]
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, pass_on)
-    try:
-        return child.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def __call__(self) -> None:
+        """Train, and leave with an exit code that tells Slurm what happened."""
+        sys.exit(run_rank(self.config, self.run, self.options))
 
 
 def _still_wanted() -> bool:

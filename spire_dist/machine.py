@@ -1,6 +1,7 @@
 """What this process has of its machine: called wherever work is split among cores or between ranks."""
 
 import os
+import re
 
 
 def cores() -> int:
@@ -24,3 +25,10 @@ def own_cores() -> int:
     if "SLURM_STEP_ID" in os.environ and "SLURM_CPUS_PER_TASK" in os.environ:
         return min(cores(), int(os.environ["SLURM_CPUS_PER_TASK"]))
     return max(1, cores() // local_ranks())
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a Slurm list of nodes: "gpu[007-009,012],login" is "gpu007"."""
+    match = re.match(r"([^,\[]*)(?:\[([^,\]-]*)[^\]]*\])?([^,\[]*)", nodes)
+    assert match is not None  # every part of it may be empty
+    return "".join(part or "" for part in match.groups())

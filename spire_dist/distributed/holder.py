@@ -54,17 +54,20 @@ def sole_trainer(run: Path) -> Iterator[None]:
         _held[run.absolute()] = own
         yield
     finally:
-        _held.pop(run.absolute(), None)
+        if _held.pop(run.absolute(), None):
+            file.truncate(0)
         file.close()
 
 
 def superseded(run: Path) -> bool:
     """Whether a newer life of this job has taken the run directory, so that this process must not write there."""
-    own = _held.get(run.absolute())
-    holder = _read(run / LOCK)
+    path, own = run / LOCK, _held.get(run.absolute())
     if own is None:  # another rank of the holder, or nobody: a run directory that is read
-        return _later(holder)
-    return bool(holder) and json.dumps(holder) != own
+        return _later(_read(path))
+    try:
+        return path.read_text() != own
+    except OSError:
+        return False
 
 
 def refuse_superseded(run: Path) -> None:
@@ -72,7 +75,8 @@ def refuse_superseded(run: Path) -> None:
     if superseded(run):
         holder = _read(run / LOCK)
         raise RunError(
-            f"{run}: a newer life of this job ({holder['life']} on {holder['host']}) trains here; this one ends unsaved"
+            f"{run}: a newer life of this job ({holder.get('life', 'ended')} on {holder.get('host', '?')}) trains here; this "
+            "one ends and saves nothing"
         )
 
 

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spire_dist.distributed.pulse import Pulse
 from spire_dist.errors import ConfigError, RankLostError, SpireError
+from spire_dist.machine import first_node
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torch and DeepSpeed read; torchrun sets them, under srun we do."""
@@ -205,10 +206,3 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
         tasks, _, nodes = entry.rstrip(")").partition("(x")
         counts += [int(tasks)] * int(nodes or 1)
     return counts[int(environment.get("SLURM_NODEID", 0)) % len(counts)]
-
-
-def first_node(nodes: str) -> str:
-    """The first name of a Slurm list of nodes: "gpu[007-009,012],login" is "gpu007"."""
-    match = re.match(r"([^,\[]*)(?:\[([^,\]-]*)[^\]]*\])?([^,\[]*)", nodes)
-    assert match is not None  # every part of it may be empty
-    return "".join(part or "" for part in match.groups())

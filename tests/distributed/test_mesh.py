@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spire_dist.distributed.mesh import LAUNCH_VARIABLES, Mesh, first_node, init_distributed, launch_variables
+from spire_dist.distributed.mesh import LAUNCH_VARIABLES, Mesh, init_distributed, launch_variables
 from spire_dist.errors import ConfigError
+from spire_dist.machine import first_node
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500",
