@@ -5,10 +5,11 @@ nothing here raises for it. `run_states.py` makes one typed state of this.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class RunFiles:
     ranks: Mapping[int, Record]
     """Newest line of each rank."""
     beats: Mapping[int, Record]
-    """Sign of life of each rank of the newest life."""
+    """Sign of life of each rank, with the time of its file as `seen`."""
     lives: tuple[Record, ...]
     job: Record
     """Newest job; empty where there was none."""
@@ -53,8 +54,8 @@ class RunFiles:
     @property
     def world(self) -> int:
         """Ranks of the newest life."""
-        newest = max(self.beats.values(), key=lambda beat: number(beat, "time") or 0.0, default={})
-        return int(number(newest, "world") or number(self.newest, "ranks") or 1)
+        newest = max(self.beats.values(), key=lambda beat: beat["time"], default={})
+        return whole(newest, "world") or whole(self.newest, "ranks") or 1
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -83,31 +84,46 @@ def _runs_below(folder: Path, depth: int) -> Iterator[Path]:
 
 def read_files(run: Path) -> RunFiles:
     """Everything that tells how a run is doing, read now; no more than the ends of long files."""
-    records = tail(run / "metrics.jsonl")
-    beats = {}
-    for path in _listed(run / "ranks", "beat-*.json"):
-        beat = read_record(path)
-        if (rank := number(beat, "rank")) is not None and number(beat, "time") is not None:
-            beats[int(rank)] = beat
     files = RunFiles(
         path=run,
         status=read_record(run / "STATUS.json"),
-        records=records,
-        ranks={},
-        beats=beats,
+        records=tail(run / "metrics.jsonl"),
+        ranks={rank: _last_line(path) for rank, path in rank_logs(run)},
+        beats={rank: beat for rank, path in _numbered(run / "ranks", "beat-*.json") if (beat := _beat(path))},
         lives=tail(run / "jobs" / "lives.jsonl"),
         job=read_record(run / "jobs" / "job.json"),
         config=_config(run),
     )
-    world = files.world
-    beats = {rank: beats[rank] for rank in sorted(beats) if rank < world}
-    ranks = {rank: lines[-1] for rank in range(world) if (lines := tail(rank_log(run, rank), TAIL_BYTES // 64))}
-    return RunFiles(run, files.status, records, ranks, beats, files.lives, files.job, files.config)
+    return replace(
+        files,
+        ranks={
+            rank: record for rank, record in files.ranks.items() if rank < files.world
+        },  # others: of an earlier life
+        beats={rank: beat for rank, beat in files.beats.items() if rank < files.world},
+    )
 
 
-def rank_log(run: Path, rank: int) -> Path:
-    """The log of one rank, where there are several."""
-    return run / "ranks" / f"rank-{rank:04d}.jsonl"
+def rank_logs(run: Path) -> list[tuple[int, Path]]:
+    """(rank, its log); none where there is one rank alone."""
+    return _numbered(run / "ranks", "rank-*.jsonl")
+
+
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    with suppress(OSError):
+        paths = [(path.stem.rpartition("-")[2], path) for path in sorted(folder.glob(pattern))]
+        return [(int(digits), path) for digits, path in paths if digits.isdecimal()]
+    return []
+
+
+def _beat(path: Path) -> Record:
+    beat = read_record(path)
+    with suppress(OSError):
+        return {**beat, "seen": path.stat().st_mtime} if number(beat, "time") is not None else {}
+    return {}
+
+
+def _last_line(path: Path) -> Record:
+    return next(reversed(tail(path, TAIL_BYTES // 64)), {})
 
 
 def read_record(path: Path) -> Record:
@@ -150,25 +166,30 @@ def _parsed(lines: Sequence[bytes]) -> Iterator[Record]:
 
 
 def number(record: Record, key: str) -> float | None:
-    """A number of a record; None where it is missing or is none. NaN and infinity are numbers."""
+    """A finite number of a record; None where there is none."""
     value = record.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    with suppress(OverflowError):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    return None
+
+
+def whole(record: Record, key: str) -> int | None:
+    """A count of a record; None where there is none."""
+    value = number(record, key)
+    return None if value is None else int(value)
 
 
 def moment(record: Record) -> float | None:
-    """`time` of a record, in epoch seconds, however it was written."""
-    with suppress(ValueError, TypeError):
-        return datetime.fromisoformat(record["time"]).timestamp() if "time" in record else None
-    return number(record, "time")
+    """`time` of a record in epoch seconds, however it was written."""
+    if not isinstance(record.get("time"), str):
+        return number(record, "time")
+    with suppress(ValueError, OverflowError):
+        return datetime.fromisoformat(record["time"]).timestamp()
+    return None
 
 
 def _config(run: Path) -> RunConfig | None:
     with suppress(ConfigError):
         return load_config(run / "config.toml")
     return None
-
-
-def _listed(folder: Path, pattern: str) -> list[Path]:
-    with suppress(OSError):
-        return sorted(folder.glob(pattern))
-    return []

@@ -1,20 +1,46 @@
 """How a run is doing: one typed state, made of nothing but the files of its directory and, where there is Slurm, the queue."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.alarms import Alarm
-from cluster.run_files import Record, find_runs, rank_log, thinned
+from cluster.alarms import STALE_S, Alarm, beat_age, find_alarms, stuck_ranks
+from cluster.run_files import (
+    DEPTH,
+    Record,
+    RunFiles,
+    find_runs,
+    moment,
+    number,
+    rank_logs,
+    read_files,
+    thinned,
+    whole,
+)
+from cluster.squeue import look
+from spire_dist.config import RunConfig
+from spire_dist.errors import RunError
 
-__all__ = ["Alarm", "RankState", "RunState", "find_runs", "read_curves", "read_state", "read_states"]
+__all__ = ["Alarm", "RankState", "RunState", "distinct_names", "find_runs", "read_curves", "read_state", "read_states"]
 
 State = Literal[
     "queued", "starting", "training", "suspended", "stopped", "failed", "complete", "STUCK", "no sign of life"
 ]
 
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+STARTING = ("RUNNING", "CONFIGURING")
+"""Slurm's names for a job that will run, and for one that has its nodes."""
+
+START_S = 120.0
+"""A life of a job may take so long before its first sign of life."""
+
+QUIET_S = 600.0
+"""So long a run without signs of life (of an older version) is believed to train."""
+
 MOST_POINTS = 2000
+MOST_RANKS = 10_000
 
 
 @dataclass(frozen=True)
@@ -74,18 +100,187 @@ def read_state(run: Path, now: float | None = None, queue: Mapping[str, str] | N
 
     `queue` says how jobs are, by id (`squeue.look`); None: nobody was asked.
     """
-    raise NotImplementedError
+    return _state_of(read_files(run), run.resolve().name, time.time() if now is None else now, queue)
 
 
 def read_states(paths: Sequence[Path]) -> list[RunState]:
-    """The states of all runs of `find_runs(paths)`, the queue asked once for all of them. Raises RunError where there is none."""
-    raise NotImplementedError
+    """The states of all runs of `find_runs(paths)`; the queue is asked once for all of them.
+
+    Raises RunError where there is no run, or a path is no folder.
+    """
+    runs = find_runs(paths)
+    if not runs:
+        where = ", ".join(map(str, paths))
+        raise RunError(
+            f"{where}: no run directory here, nor {DEPTH} folders deep; give the --run of a spire-dist train"
+        )
+    found = [read_files(run) for run in runs]
+    queue = look(job for files in found if (job := _slurm_job(files)) is not None)
+    now = time.time()
+    return [_state_of(files, name, now, queue) for files, name in zip(found, distinct_names(runs), strict=True)]
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The ends of paths, each as long as it must be to differ from all others."""
+    parts = [run.resolve().parts for run in runs]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+        names.append(str(Path(*own[-length:])))
+    return names
 
 
 def read_curves(run: Path) -> tuple[list[Record], dict[int, list[Record]]]:
-    """(records of metrics.jsonl, those of each rank), thinned to at most `MOST_POINTS` each; no ranks where there is but one."""
-    ranks = {}
-    for path in sorted((run / "ranks").glob("rank-*.jsonl")):
-        rank = int(path.stem.removeprefix("rank-"))
-        ranks[rank] = thinned(rank_log(run, rank), MOST_POINTS)
+    """(records of metrics.jsonl, those of each rank), thinned to at most `MOST_POINTS` each.
+
+    One rank alone writes no records of its own.
+    """
+    ranks = {rank: thinned(path, MOST_POINTS) for rank, path in rank_logs(run)}
     return thinned(run / "metrics.jsonl", MOST_POINTS), ranks
+
+
+def _state_of(files: RunFiles, name: str, now: float, queue: Mapping[str, str] | None) -> RunState:
+    job, newest = _job(files), files.newest
+    told = queue.get(job) if queue is not None and job is not None else None
+    stuck = stuck_ranks(files, now)
+    state = _state(files, bool(stuck), told, now)
+    stuck = stuck if state == "STUCK" else []
+    reached = max(filter(None, map(_place, [files.status, newest, *files.beats.values()])), default=(None, None))
+    logged = newest if whole(newest, "stage") == reached[0] else {}
+    eta_s, rough = _left(files, now) if state == "training" else (None, False)
+    return RunState(
+        path=files.path,
+        name=name,
+        state=state,
+        stage=reached[0],
+        step=reached[1],
+        total=_total(logged, files.config),
+        epoch=number(logged, "epoch"),
+        loss=number(logged, "loss"),
+        images_per_s=number(logged, "images_per_s"),
+        eta_s=eta_s,
+        eta_rough=rough,
+        elapsed_s=number(newest, "elapsed_s"),
+        restarts=_restarts(files),
+        ranks=_ranks(files, now),
+        slowest_rank=whole(logged, "slowest_rank"),
+        beat_age_s=beat_age(files, now),
+        job=job,
+        queue=told,
+        message=_message(files),
+        alarms=find_alarms(files, state, stuck, told, now),
+    )
+
+
+def _state(files: RunFiles, stuck: bool, queue: str | None, now: float) -> State:
+    """The newest sign of life counts first, then the queue, then what the run said last."""
+    told, age, waiting_for = files.status.get("state"), beat_age(files, now), (queue or "").partition(" ")[0]
+    if told == "complete":
+        return "complete"
+    if waiting_for == "SUSPENDED":
+        return "suspended"
+    if age is not None and age <= STALE_S:
+        return "STUCK" if stuck else "training" if told == "training" else "starting"
+    if waiting_for in WAITING:
+        return "queued"
+    if waiting_for in STARTING and (told != "training" or _just_started(files, now)):
+        return "starting"
+    if told == "stopped" or told == "failed":
+        return told
+    if told == "training":  # versions without signs of life say something only when they log or save
+        news = max((time for time in (moment(files.newest), moment(files.status)) if time is not None), default=0.0)
+        return "training" if age is None and now - news <= QUIET_S else "no sign of life"
+    return "queued" if files.job and queue is None else "no sign of life"
+
+
+def _just_started(files: RunFiles, now: float) -> bool:
+    life = files.lives[-1] if files.lives else {}
+    began = moment(life)
+    return life.get("event") == "started" and began is not None and now - began <= START_S
+
+
+def _job(files: RunFiles) -> str | None:
+    """The newest job: submit knows of it first, each life and each rank after it."""
+    known = [(moment(files.job), files.job.get("id"))]
+    known += [(moment(record), record.get("job")) for record in (*files.lives, *files.beats.values())]
+    jobs = [(time, str(job)) for time, job in known if time is not None and job is not None]
+    return max(jobs)[1].partition("_")[0] if jobs else None
+
+
+def _slurm_job(files: RunFiles) -> str | None:
+    job = _job(files)
+    local = files.job.get("cluster") == "local" and str(files.job.get("id")).partition("_")[0] == job
+    return job if job is not None and job.isdigit() and not local else None
+
+
+def _place(record: Record) -> tuple[int, int] | None:
+    stage, step = whole(record, "stage"), whole(record, "step")
+    return None if stage is None or step is None else (stage, step)
+
+
+def _total(logged: Record, config: RunConfig | None) -> int | None:
+    """Steps of the stage that a log line is of; older versions leave them to be found from its epoch."""
+    step, epoch = number(logged, "step"), number(logged, "epoch")
+    if "total" in logged or config is None or not step or not epoch:
+        return whole(logged, "total")
+    return round((config.stage1 if logged["stage"] == 1 else config.stage2).epochs * step / epoch)
+
+
+def _left(files: RunFiles, now: float) -> tuple[float | None, bool]:
+    """(seconds to the end of the run, whether stage 2 is guessed in them)."""
+    newest, config, total = files.newest, files.config, _total(files.newest, files.config)
+    speed, step, written = number(newest, "images_per_s"), number(newest, "step"), moment(newest)
+    if config is None or total is None or step is None or not speed:
+        return None, False
+    first = newest.get("stage") == 1
+    left = number(newest, "left_s")
+    if left is None:
+        left = (total - step) * (config.stage1 if first else config.stage2).batch / speed
+    left = max(0.0, left - (max(0.0, now - written) if written is not None else 0.0))
+    if not first:
+        return left, False
+    images = total * config.stage1.batch / config.stage1.epochs * config.stage2.epochs
+    return left + images / speed * config.stage2.gaussians / config.stage1.gaussians, True
+
+
+def _restarts(files: RunFiles) -> int:
+    lives = sum(record.get("event") == "started" for record in files.lives)
+    return max([lives - 1, 0, *(whole(beat, "restart") or 0 for beat in files.beats.values())])
+
+
+def _ranks(files: RunFiles, now: float) -> tuple[RankState, ...]:
+    """All ranks of the newest life, those without any sign included."""
+    return (
+        tuple(_rank(files, rank, now) for rank in range(min(files.world, MOST_RANKS)))
+        if files.records or files.beats
+        else ()
+    )
+
+
+def _rank(files: RunFiles, rank: int, now: float) -> RankState:
+    beat = files.beats.get(rank, {})
+    logged = files.newest if files.world == 1 else files.ranks.get(rank, {})
+    host, waiting, time = beat.get("host"), beat.get("waiting"), number(beat, "time")
+    place = max(filter(None, (_place(beat), _place(logged))), default=None)
+    return RankState(
+        rank=rank,
+        host=host if isinstance(host, str) else None,
+        pid=whole(beat, "pid"),
+        step=place[1] if place else None,
+        waiting=waiting if isinstance(waiting, bool) else None,
+        beat_age_s=None if time is None else max(0.0, now - time),
+        images_per_s=number(logged, "images_per_s"),
+        wait_share=number(logged, "wait_share"),
+        collective_share=number(logged, "collective_share"),
+        memory_gib=number(logged, "memory_gib"),
+    )
+
+
+def _message(files: RunFiles) -> str:
+    """What the run said when it ended; how its job's last life ended, where it could not say it."""
+    said = files.status.get("message")
+    if said or not files.lives or files.lives[-1].get("event") != "ended":
+        return str(said or "")
+    last = files.lives[-1]
+    return "; ".join(str(last[key]) for key in ("why", "then") if last.get(key))
