@@ -309,7 +309,7 @@ def train(
             first = train_run(loaded, run, blocks)
     else:
         first = train_run(loaded, run)
-    if not first:
+    if not first or not loaded.output.report:
         return
     refused = None
     try:

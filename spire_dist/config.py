@@ -188,6 +188,8 @@ class OutputConfig(Section):
     """Checkpoints kept, the newest ones."""
     volumes: int = Field(default=10, ge=2)
     """Maps written at the end, spread over the latent space."""
+    report: bool = True
+    """Whether maps, tables and the report are written at the end; else `export` and `report` do it when they are wanted."""
 
 
 class RunConfig(Section):
