@@ -1,4 +1,4 @@
-"""Line charts for the live page: SVG as text that takes its colours from the style sheet, so that it is quick and has no script.
+"""Line charts for the live page: SVG as text, drawn here at once, that takes its colours from the page's style sheet.
 
 Nothing here has a `style` attribute: the page's content policy would refuse it. `live.js` reads the numbers under the pointer
 back from a path and the chart's `data-` attributes.
@@ -7,10 +7,11 @@ back from a path and the chart's `data-` attributes.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from markupsafe import Markup, escape
 
+Item = TypeVar("Item")
 Points = Sequence[tuple[float, float]]
 Scale = Literal["number", "share", "hours"]
 
@@ -124,11 +125,11 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def thinned(points: Points, most: int) -> Points:
-    """At most `most` of the points, evenly, the last one among them."""
-    if len(points) <= most:
-        return points
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+def thinned(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """At most `most` of them, evenly, the first and the last one among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _y_ticks(values: list[float], scale: Scale, from_zero: bool) -> list[float]:

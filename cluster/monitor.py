@@ -29,9 +29,9 @@ from pathlib import Path
 from types import FrameType
 from urllib.parse import parse_qs, quote, urlsplit
 
-from cluster.monitor_pages import Pages, Reply, _metrics, problem
+from cluster.monitor_pages import Pages, Reply, problem
+from cluster.prometheus import write_metrics
 from spire_dist.errors import ConfigError, RunError
-from spire_dist.files import write_durably
 
 MIN_TOKEN = 12
 METRICS_PERIOD_S = 15.0
@@ -67,7 +67,7 @@ def serve(
         raise ConfigError(f"--token (or SPIRE_TOKEN) of {len(token)} characters: give at least {MIN_TOKEN}")
     with Pages(runs) as pages, _bound(host, port) as server:
         if metrics_file is not None:
-            _write_metrics(metrics_file, pages)
+            write_metrics(metrics_file, pages.states())
         stop = threading.Event()
         with _stopped_by_signals(stop):
             server.gate, server.pages = Gate(token, local, f"spire_{server.server_port}"), pages
@@ -75,7 +75,10 @@ def serve(
             print(_invitation(host, server.server_port, token, len(pages.states())), flush=True)
             while not stop.wait(METRICS_PERIOD_S):
                 if metrics_file is not None:
-                    _write_metrics(metrics_file, pages)
+                    try:
+                        write_metrics(metrics_file, pages.states())
+                    except RunError as error:  # a full disk does not end the page
+                        print(error, file=sys.stderr)
         server.shutdown()
 
 
@@ -96,13 +99,6 @@ def _invitation(host: str, port: int, token: str | None, runs: int) -> str:
     if local:
         lines.append(f"from your own machine first: ssh -N -L {port}:localhost:{port} {socket.gethostname()}")
     return "\n".join([*lines, "Ctrl-C ends it"])
-
-
-def _write_metrics(path: Path, pages: Pages) -> None:
-    try:
-        write_durably(path, _metrics(pages.states()))
-    except OSError as error:
-        raise RunError(f"--metrics-file {path}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from cluster import run_charts, status
 from cluster.alarms import duration
 from cluster.painter import Painter, Pictures
+from cluster.prometheus import metrics_text
 from cluster.run_files import thinned
 from cluster.run_states import RunState, find_runs, read_curves, read_states
 from spire_dist import __version__
@@ -31,6 +32,8 @@ FRESH_S, FRESH_WITH_QUEUE_S = 2.0, 5.0
 PATIENCE = 30
 """Curves that took t to read are read again no sooner than so many times t later."""
 SPARK_POINTS = 60
+MOST_ALARMS_OF_MANY = 3
+"""Lines for one run beside others; the rest is counted."""
 MOST_ROWS = 24
 """Ranks in a table; of more, those that need to be looked at."""
 
@@ -53,6 +56,16 @@ class Reply:
     kind: str
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShownAlarm:
+    """A line on top of a page."""
+
+    run: str
+    kind: str
+    text: str
+    grave: bool
 
 
 @dataclass(frozen=True)
@@ -103,12 +116,6 @@ def _number(value: float | None, digits: int = 0) -> str:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None or not math.isfinite(share) else f"{100 * share:.0f} %"
-
-
-def _metrics(states):
-    from cluster.prometheus import metrics_text
-
-    return metrics_text(states)
 
 
 def _as_json(value: Any) -> Reply:
@@ -173,7 +180,7 @@ class Pages:
         if path == "/api/runs":
             return Reply(200, "application/json", status.as_json(self.states()).encode())
         if path == "/metrics":
-            return Reply(200, "text/plain; version=0.0.4; charset=utf-8", _metrics(self.states()).encode())
+            return Reply(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self.states()).encode())
         if path not in ("/run", "/api/run", "/picture"):
             return problem(404, "There is no such page.")
         state = next((state for state in self.states() if state.name == query.get("name")), None)
@@ -189,13 +196,12 @@ class Pages:
     def _overview(self) -> Reply:
         states = self.states()
         sparks = {state.name: run_charts.loss_spark(self._spark(state)) for state in states}
-        alarms = [(state, alarm, alarm.kind in GRAVE) for state in states for alarm in state.alarms]
-        alarms.sort(key=lambda entry: not entry[2])
+        alarms = [shown for state in states for shown in _shown_alarms(state, MOST_ALARMS_OF_MANY)]
         return _page(
             "overview.html",
             states=states,
             sparks=sparks,
-            alarms=alarms,
+            alarms=sorted(alarms, key=lambda shown: not shown.grave),
             paths=[str(path.resolve()) for path in self._paths],
             read=time.strftime("%H:%M:%S"),
         )
@@ -203,7 +209,7 @@ class Pages:
     def _run(self, state: RunState, over: run_charts.Over) -> Reply:
         records, ranks = self._curves(state)
         pictures, why = self._painter.look(state.path)
-        named = {alarm.rank for alarm in state.alarms if alarm.rank is not None} | {state.slowest_rank} - {None}
+        named = {rank for rank in (state.slowest_rank, *(a.rank for a in state.alarms)) if rank is not None}
         shown = [rank for rank in state.ranks if len(state.ranks) <= MOST_ROWS or rank.rank in named][:MOST_ROWS]
         return _page(
             "run.html",
@@ -212,8 +218,10 @@ class Pages:
             charts=run_charts.together(records, over),
             rank_charts=run_charts.by_rank(ranks, over, sorted(named)),
             named=named,
+            lines=run_charts.coloured(sorted(named)),
+            few=run_charts.FEW,
             ranks=shown,
-            alarms=[(state, alarm, alarm.kind in GRAVE) for alarm in state.alarms],
+            alarms=_shown_alarms(state, MOST_ROWS),
             pictures=pictures,
             why=why,
             age=None if pictures is None else max(0.0, time.time() - pictures.saved),
@@ -252,6 +260,15 @@ class Pages:
         ended = time.monotonic()
         self._cached[run, ranks] = Cached(curves, ended, ended - begun, file)
         return curves
+
+
+def _shown_alarms(state: RunState, most: int) -> list[ShownAlarm]:
+    """The lines of a run, the gravest first."""
+    alarms = sorted(state.alarms, key=lambda alarm: alarm.kind not in GRAVE)
+    shown = [ShownAlarm(state.name, alarm.kind, alarm.text, alarm.kind in GRAVE) for alarm in alarms]
+    if len(shown) <= most:
+        return shown
+    return [*shown[: most - 1], replace(shown[most - 1], text=f"and {len(shown) - most + 1} more")]
 
 
 def _png_of(pictures: Pictures, what: str) -> bytes | None:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from spire_dist.errors import SpireError
@@ -61,7 +62,7 @@ class Painter:
         self._lock = threading.Lock()
         self._asked: dict[Path, tuple[str, Future[Pictures]]] = {}
         self._newest: dict[Path, Pictures] = {}
-        self._process: multiprocessing.process.BaseProcess | None = None
+        self._process: BaseProcess | None = None
 
     def look(self, run: Path) -> tuple[Pictures | None, str]:
         """The newest pictures there are of a run, and why they are not of its last checkpoint ("" where they are)."""

@@ -35,6 +35,8 @@ SIDE = 192
 PLACES = {"A": 0.05, "B": 0.5, "C": 0.95}
 """Where along the first principal axis maps are shown, as shares of the particles before it."""
 MASS_INSIDE = 0.995
+BLACK_AND_WHITE = (0.5, 99.7)
+"""Percentiles of the sections."""
 SMALL_BATCH = 256
 DENSITY = LinearSegmentedColormap.from_list("density", [plots.BLUE, "#9d6bd6", plots.RED, plots.ORANGE])
 """All of one lightness, to be seen on a light page and on a dark one."""
@@ -99,7 +101,7 @@ def _place(along: NDArray, share: float) -> int:
 
 def _scatter(along: NDArray, label: NDArray | None, places: dict[str, int]) -> bytes:
     """Points [n, 2] on nothing, coloured by label [n] or by how many are near, with the places of the maps."""
-    spans = [_with_margin(*np.percentile(along[:, axis], [0.2, 99.8])) for axis in range(2)]
+    spans = [_with_margin(*_between(along[:, axis], 0.2, 99.8)) for axis in range(2)]
     if label is None:
         bins = int(np.clip(np.sqrt(len(along)), 12, 80))
         counts, *edges = np.histogram2d(*along.T, bins=bins, range=spans)
@@ -115,8 +117,9 @@ def _scatter(along: NDArray, label: NDArray | None, places: dict[str, int]) -> b
     size = float(np.clip(30_000 / len(along), 3, 18))
     axes.scatter(*along[order].T, c=colour[order], cmap=cmap, s=size, alpha=0.75, linewidths=0)
     for letter, row in places.items():
-        axes.plot(*along[row], "o", markersize=15, color="#1b2129", markeredgecolor="white", markeredgewidth=1.4)
-        axes.text(*along[row], letter, color="white", ha="center", va="center_baseline", fontsize=9, fontweight="bold")
+        x, y = (float(value) for value in along[row])
+        axes.plot(x, y, "o", markersize=15, color="#1b2129", markeredgecolor="white", markeredgewidth=1.4)
+        axes.text(x, y, letter, color="white", ha="center", va="center_baseline", fontsize=9, fontweight="bold")
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", transparent=True)
     return buffer.getvalue()
@@ -134,12 +137,12 @@ def _maps(run: Path, mixture: Mixture, latents: NDArray, names: list[str], box: 
     models = [mixture.deform(torch.from_numpy(np.ascontiguousarray(z[None], np.float32))) for z in latents]
     half = max(_radius(centres[0], peaks[0], widths, box) for centres, peaks in models)
     drawn = [_model_sections(centres[0], peaks[0], widths, half) for centres, peaks in models]
-    low, high = _range(np.stack(drawn))
+    low, high = _between(np.stack(drawn), *BLACK_AND_WHITE)
     rows = [MapRow(name, _png(sections, low, high)) for name, sections in zip(names, drawn, strict=True)]
     path = run / "volumes" / "consensus.mrc"
     if path.exists():
         sections = _map_sections(path, half)
-        rows.insert(0, MapRow("consensus", _png(sections, *_range(sections))))
+        rows.insert(0, MapRow("consensus", _png(sections, *_between(sections, *BLACK_AND_WHITE))))
     return half, tuple(rows)
 
 
@@ -166,9 +169,10 @@ def _model_sections(centres: torch.Tensor, peaks: torch.Tensor, widths: torch.Te
 
 def _map_sections(path: Path, half: int) -> NDArray:
     """The same of a map's file, of which no more than these planes are read."""
-    with mrcfile.mmap(path, permissive=True) as mrc:
-        middle = mrc.data.shape[0] // 2
-        planes = [mrc.data[middle], mrc.data[:, middle], mrc.data[:, :, middle]]
+    with mrcfile.mmap(path) as mrc:
+        volume = np.asarray(mrc.data)
+        middle = len(volume) // 2
+        planes = [volume[middle], volume[:, middle], volume[:, :, middle]]
         planes = [np.array(plane, dtype=np.float32) for plane in planes]
     window = slice(middle - half, middle + half)
     side = int(np.clip(2 * half, 64, SIDE))
@@ -178,9 +182,9 @@ def _map_sections(path: Path, half: int) -> NDArray:
     return np.stack([np.asarray(image) for image in resized])
 
 
-def _range(sections: NDArray) -> tuple[float, float]:
-    low, high = np.percentile(sections, [0.5, 99.7])
-    return float(low), float(high)
+def _between(values: NDArray, low: float, high: float) -> tuple[float, float]:
+    """Two percentiles."""
+    return float(np.percentile(values, low)), float(np.percentile(values, high))
 
 
 def _png(sections: NDArray, low: float, high: float) -> bytes:

@@ -62,12 +62,17 @@ def by_rank(ranks: Mapping[int, Sequence[Record]], over: Over, named: Sequence[i
         band = None
         if len(curves) > FEW:
             band, median = _band(list(ranks.values()), key, over, starts)
-            lines = [Line("median", median, "own")]
-            lines += [Line(f"rank {r}", curves[r], f"rank-{i}") for i, r in enumerate(named[:FEW]) if r in curves]
+            lines = [Line("median", median, "usual")]
+            lines += [Line(f"rank {r}", curves[r], f"rank-{c}") for c, r in coloured(named) if r in curves]
         else:
             lines = [Line(f"rank {r}", points, f"rank-{r % FEW}") for r, points in curves.items()]
         charts.append(chart(f"{title}, each rank", lines, x_scale=x_scale, y_scale=scale, band=band))
     return charts
+
+
+def coloured(named: Sequence[int]) -> list[tuple[int, int]]:
+    """(colour, rank) of those that stand out among many, the most striking colour first."""
+    return list(zip((3, 1, 4, 2, 5, 6, 0, 7), named, strict=False))
 
 
 def loss_spark(records: Sequence[Record]) -> Markup:
@@ -111,8 +116,6 @@ def _band(
         for record in records:
             for point in _points([record], key, over, starts):
                 at.setdefault((record.get("stage"), record.get("step")), []).append(point)
-    usual = sorted(
-        (x[0], ys) for x, ys in (zip(*points, strict=True) for points in at.values()) if 2 * len(ys) >= len(ranks)
-    )
-    usual = list(thinned(usual, MOST_POINTS_OF_A_RANK))
+    found = sorted(([x for x, _ in points], [y for _, y in points]) for points in at.values())
+    usual = thinned([(xs[0], ys) for xs, ys in found if 2 * len(ys) >= len(ranks)], MOST_POINTS_OF_A_RANK)
     return Band([(x, min(ys), max(ys)) for x, ys in usual]), [(x, statistics.median(ys)) for x, ys in usual]
