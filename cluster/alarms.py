@@ -1,4 +1,8 @@
-"""What is wrong with a run, in plain words: told by `status`, by the monitor page and to Prometheus."""
+"""What is wrong with a run, in plain words: told by `status`, by the monitor page and to Prometheus.
+
+A rank is called stuck when its sign of life (`distributed/heartbeat.py`, every 5 s) has stood still for `STALE_S` while others'
+come, or when all others wait for it at a step that does not grow. Both are told within 30 s.
+"""
 
 import math
 import statistics
@@ -200,7 +204,9 @@ def _bad_loss(files: RunFiles) -> list[Alarm]:
 
 
 def _few_requeues(files: RunFiles) -> list[Alarm]:
-    used = sum(record.get("then") == "requeued" for record in files.lives)
+    used = sum(
+        record.get("then") == "requeued" for record in files.lives if record.get("job") == files.lives[-1].get("job")
+    )
     limit = files.config.job.requeues if files.config else 0
     if not used or not limit or used < REQUEUES_USED * limit:
         return []

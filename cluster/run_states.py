@@ -1,5 +1,6 @@
 """How a run is doing: one typed state, made of nothing but the files of its directory and, where there is Slurm, the queue."""
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ START_S = 120.0
 
 QUIET_S = 600.0
 """So long a run without signs of life (of an older version) is believed to train."""
+
+SPEED_LINES = 10
+"""Log lines whose median speed is that of the time left: one line alone jumps."""
 
 MOST_POINTS = 2000
 MOST_RANKS = 10_000
@@ -182,7 +186,7 @@ def _state(files: RunFiles, stuck: bool, queue: str | None, now: float) -> State
         return "suspended"
     if age is not None and age <= STALE_S:
         return "STUCK" if stuck else "training" if told == "training" else "starting"
-    if waiting_for in WAITING:
+    if waiting_for in WAITING or (queue is None and _comes_again(files)):
         return "queued"
     if waiting_for in STARTING and (told != "training" or _just_started(files, now)):
         return "starting"
@@ -192,6 +196,11 @@ def _state(files: RunFiles, stuck: bool, queue: str | None, now: float) -> State
         news = max((time for time in (moment(files.newest), moment(files.status)) if time is not None), default=0.0)
         return "training" if age is None and now - news <= QUIET_S else "no sign of life"
     return "queued" if files.job and queue is None else "no sign of life"
+
+
+def _comes_again(files: RunFiles) -> bool:
+    """Whether the newest life ended with a request for another one."""
+    return bool(files.lives) and files.lives[-1].get("then") == "requeued"
 
 
 def _just_started(files: RunFiles, now: float) -> bool:
@@ -230,15 +239,14 @@ def _total(logged: Record, config: RunConfig | None) -> int | None:
 def _left(files: RunFiles, now: float) -> tuple[float | None, bool]:
     """(seconds to the end of the run, whether stage 2 is guessed in them)."""
     newest, config, total = files.newest, files.config, _total(files.newest, files.config)
-    speed, step, written = number(newest, "images_per_s"), number(newest, "step"), moment(newest)
+    step, written, stage = number(newest, "step"), moment(newest), newest.get("stage")
+    lines = [line for line in files.records[-SPEED_LINES:] if line.get("stage") == stage]
+    speed = statistics.median([number(line, "images_per_s") or 0.0 for line in lines] or [0.0])
     if config is None or total is None or step is None or not speed:
         return None, False
-    first = newest.get("stage") == 1
-    left = number(newest, "left_s")
-    if left is None:
-        left = (total - step) * (config.stage1 if first else config.stage2).batch / speed
+    left = (total - step) * (config.stage1 if stage == 1 else config.stage2).batch / speed
     left = max(0.0, left - (max(0.0, now - written) if written is not None else 0.0))
-    if not first:
+    if stage != 1:
         return left, False
     images = total * config.stage1.batch / config.stage1.epochs * config.stage2.epochs
     return left + images / speed * config.stage2.gaussians / config.stage1.gaussians, True

@@ -54,8 +54,9 @@ def as_json(states: Sequence[RunState]) -> str:
 def watch(paths: Sequence[Path], seconds: float) -> None:
     """Show the table of `read_states(paths)` every so many seconds, in place on a terminal, until Ctrl-C."""
     console = Console(highlight=False)
-    states = read_states(paths)
+    states: Sequence[RunState] = ()
     try:
+        states = read_states(paths)
         if console.is_terminal:
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
@@ -67,7 +68,7 @@ def watch(paths: Sequence[Path], seconds: float) -> None:
             time.sleep(seconds)
             states = read_states(paths)
     except KeyboardInterrupt:
-        if console.is_terminal:
+        if console.is_terminal and states:
             print(table(states))  # what was seen last stays, the screen does not
 
 
