@@ -41,8 +41,10 @@ POLL_S = 0.2
 class Stops:
     """Inside the block stop signals end nobody: they are noted, and handed to the child as TERM while it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, after: Any = None) -> None:
+        """`after` takes the signals once the block has ended, in place of the old handlers."""
         self.received: list[int] = []
+        self._after = after
         self._child: subprocess.Popen | None = None
         self._previous: dict[int, Any] = {}
 
@@ -54,7 +56,7 @@ class Stops:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, self._after or handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
@@ -90,7 +92,7 @@ def run_rank(config: Path, run: Path, options: Sequence[str] = ()) -> int:
     """
     first = os.environ["SLURM_PROCID"] == "0"
     jobs = run / "jobs"
-    with Stops() as stops:
+    with Stops(after=signal.SIG_IGN) as stops:  # srun ends the others when one has ended; their code must be their own
         try:
             requeues = load_config(config, overrides=_settings(options)).job.requeues
             if first:
