@@ -38,18 +38,22 @@ def two_nodes() -> Iterator[str]:
     cluster.shutdown()
 
 
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Lab]:
-    """A Slurm of two nodes; its commands work inside a test that asks for this, and jobs see what the test sees."""
+@pytest.fixture(scope="session")
+def slurm_installed() -> None:
+    """Slurm's programs are here, so that a test can make a lab of its own."""
     install_programs()
+
+
+@pytest.fixture(scope="module")
+def slurm(slurm_installed) -> Iterator[Lab]:
+    """A Slurm of two nodes; its commands work inside a test that asks for this, and jobs see what the test sees."""
     with slurm_lab(2) as lab, commands_find(lab):
         yield lab
 
 
 @pytest.fixture(scope="module")
-def walled_slurm() -> Iterator[Lab]:
+def walled_slurm(slurm_installed) -> Iterator[Lab]:
     """A Slurm of three nodes, each of which has its own name and can be cut off the network."""
-    install_programs()
     if os.geteuid() != 0:
         pytest.skip("needs to be root, to make network namespaces")
     with slurm_lab(3, walled=True, node_timeout_s=3) as lab, commands_find(lab):
