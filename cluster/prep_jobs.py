@@ -52,7 +52,7 @@ def ray_engine(store: Path, shards: list[int], *, address: str | None = None, cp
     """
     with ray_cluster(address, cpus):
         import ray
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import LocalRayletDiedError, RayError, RayTaskError
 
         make = ray.remote(num_cpus=1, max_retries=RETRIES)(_make_shard)
         waiting, running = iter(shards), []
@@ -66,6 +66,10 @@ def ray_engine(store: Path, shards: list[int], *, address: str | None = None, cp
                 yield ray.get(done)
         except RayTaskError as error:
             raise told_by_a_worker(error) from None
+        except (LocalRayletDiedError, OSError) as error:
+            raise StoreError(
+                f"{store}: Ray has died on {socket.gethostname()}, this command's own node; run the same command again"
+            ) from error
         except RayError as error:
             raise StoreError(
                 f"{store}: a Ray worker was lost {RETRIES + 1} times over one shard ({type(error).__name__}), perhaps for its "

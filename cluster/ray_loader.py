@@ -3,15 +3,18 @@
 Every node has one pool of readers, named after the run, which all ranks of the node find and share. A block is read, and
 decompressed where it is compressed, once for all of them, and each rank maps its own part of it out of Ray's object store.
 What is read is known by the numbers of block and rank alone, so a reader that was killed is replaced by any other, and no
-particle is lost or seen twice. Called by `spire-dist train`; `spire_dist` itself never imports Ray.
+particle is lost or seen twice. Where Ray dies on the node, all of it, each rank goes on reading by itself. Called by
+`spire-dist train`; `spire_dist` itself never imports Ray.
 """
 
 import hashlib
+import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import count, islice
 from pathlib import Path
@@ -34,6 +37,8 @@ KEPT = 2
 """Blocks that a reader holds for ranks that have not taken their part; ranks work in step, at most a block apart."""
 TRIES = 10
 """So often a block is asked for when its readers are killed."""
+LOOK_S = 10.0
+"""Ray answers no call for a reader on a node that it holds for dead: so often a rank that waits sees whether it does."""
 
 
 @contextmanager
@@ -97,33 +102,60 @@ class Pool:
     name: str
     readers: int
     _found: dict[int, Any] = field(default_factory=dict)
+    _alone: "Reader | None" = None
+    """What reads in this process once its node of the cluster is gone."""
 
     def ask(self, part: Part) -> Any:
         """Have it read; `take` waits for the answer."""
+        if self._alone:
+            return None
         number = part.block % self.readers
         if number not in self._found:
             self._found[number] = self._reader(number)
         return self._found[number].read.remote(part)
 
     def take(self, part: Part, answer: Any) -> NDArray[Any]:
-        """The images [n, D, D] as they lie in the object store; asked for again where their reader was lost."""
+        """The images [n, D, D]; asked for again where their reader was lost."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         for _ in range(TRIES):
             try:
-                return ray.get(answer)
+                while not (self._alone or ray.wait([answer], timeout=LOOK_S)[0]):
+                    self._look_at_node()
+                if not self._alone:
+                    return ray.get(
+                        answer
+                    ).copy()  # Ray ends a process that still has an object when its node's store dies
             except RayTaskError as error:
                 raise told_by_a_worker(error) from None
+            except OSError:  # the connection to this node's part of the cluster
+                self._go_on_alone()
             except RayError as error:
                 lost = type(error).__name__
-                time.sleep(0.2)  # until its name is free
-                del self._found[part.block % self.readers]
-                answer = self.ask(part)
+                self._look_at_node()
+            if self._alone:
+                return self._alone.read(replace(part, local=1))
+            time.sleep(0.2)  # until its name is free
+            del self._found[part.block % self.readers]
+            answer = self.ask(part)
         raise StoreError(
             f"data.loader = ray: readers of {self.store} were lost {TRIES} times over one block ({lost}), perhaps for their "
             "memory; give the job more, or set data.loader = local"
         )
+
+    def _look_at_node(self) -> None:
+        """Go on alone where the cluster holds this node for dead."""
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        if not any(entry["Alive"] for entry in ray.nodes() if entry["NodeID"] == node):
+            self._go_on_alone()
+
+    def _go_on_alone(self) -> None:
+        died = f"data.loader = ray: Ray has died on {socket.gethostname()}"
+        print(f"{died}; this rank reads its images itself from now on", file=sys.stderr)
+        self._alone = Reader(self.store)
 
     def _reader(self, number: int) -> Any:
         import ray
