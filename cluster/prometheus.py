@@ -28,7 +28,7 @@ OF_RUNS: dict[str, tuple[str, Callable[[RunState], Value]]] = {
     "spire_ranks": ("Ranks of the newest life", lambda run: len(run.ranks)),
     "spire_beat_age_seconds": ("Time since the newest sign of life of any rank", lambda run: run.beat_age_s),
 }  # fmt: skip
-"""Name -> (help, value); a value of None is left out."""
+"""Name -> (help, value); a value of None is left out. Ranks are told of while their run trains."""
 
 OF_RANKS: dict[str, tuple[str, Callable[[RankState], Value]]] = {
     "spire_rank_step": ("Steps done in this stage", lambda rank: rank.step),
@@ -58,14 +58,15 @@ def write_metrics(path: Path, states: Sequence[RunState]) -> None:
 
 def _registry(states: Sequence[RunState]) -> CollectorRegistry:
     registry = CollectorRegistry()
+    going = [run for run in states if run.state in ("training", "STUCK")]  # the others' ranks are at rest, or nowhere
     for name, (text, value) in OF_RUNS.items():
         _fill(registry, name, text, ("run",), (((run.name,), value(run)) for run in states))
     for name, (text, value) in OF_RANKS.items():
-        of_ranks = (((run.name, str(rank.rank)), value(rank)) for run in states for rank in run.ranks)
+        of_ranks = (((run.name, str(rank.rank)), value(rank)) for run in going for rank in run.ranks)
         _fill(registry, name, text, ("run", "rank"), of_ranks)
     _fill(
         registry, "spire_rank_info", "Where a rank runs; always 1", ("run", "rank", "host"),
-        (((run.name, str(rank.rank), rank.host), 1) for run in states for rank in run.ranks if rank.host is not None),
+        (((run.name, str(rank.rank), rank.host), 1) for run in going for rank in run.ranks if rank.host is not None),
     )  # fmt: skip
     _fill(
         registry, "spire_state", "1 for the state that a run is in, 0 for the others", ("run", "state"),
@@ -77,7 +78,7 @@ def _registry(states: Sequence[RunState]) -> CollectorRegistry:
     )  # fmt: skip
     _fill(
         registry, "spire_rank_stuck", "1 for a rank that the others wait for in vain", ("run", "rank"),
-        (((run.name, str(rank.rank)), rank.rank in _stuck(run)) for run in states for rank in run.ranks),
+        (((run.name, str(rank.rank)), rank.rank in _stuck(run)) for run in going for rank in run.ranks),
     )  # fmt: skip
     return registry
 

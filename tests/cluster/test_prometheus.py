@@ -75,6 +75,12 @@ def test_a_stuck_rank_stands_out():
     assert found["spire_images_per_second"] == {("igg",): 0}
 
 
+def test_ranks_of_a_run_that_does_not_train_have_no_metrics():
+    found = parsed(metrics_text([replace(TRAINS, state="stopped")]))
+    assert not [name for name in found if name.startswith("spire_rank_")]
+    assert found["spire_step"] == {("igg",): 412}
+
+
 def test_what_is_not_known_is_left_out_and_any_name_is_a_label():
     found = parsed(metrics_text([TRAINS, UNKNOWN]))
     assert found["spire_restarts"] == {("igg",): 3, (UNKNOWN.name,): 0}

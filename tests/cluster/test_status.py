@@ -498,8 +498,8 @@ def wait_for(run: Path, reached: Callable[[RunState], bool], patience_s: float) 
 
 @pytest.mark.slow
 def test_real_runs_that_train_end_hang_and_die(live):
-    pair = wait_for(live / "pair", lambda state: state.state == "training" and state.loss is not None, 120)
-    lone = wait_for(live / "lone", lambda state: state.state == "training" and state.loss is not None, 120)
+    pair = wait_for(live / "pair", lambda state: state.state == "training" and state.loss is not None, 300)
+    lone = wait_for(live / "lone", lambda state: state.state == "training" and state.loss is not None, 300)
     assert (len(pair.ranks), len(lone.ranks), pair.stage, lone.eta_rough) == (2, 1, 1, True)
     assert pair.total == lone.total == 800_000
     assert pair.ranks[1].pid is not None
@@ -514,7 +514,7 @@ def test_real_runs_that_train_end_hang_and_die(live):
     assert "all ranks" in dead.alarms[0].text
     os.kill(pair.ranks[1].pid, signal.SIGCONT)
     wait_for(live / "pair", lambda state: state.state == "training", 30)
-    short = wait_for(live / "short", lambda state: state.state == "complete", 60)
+    short = wait_for(live / "short", lambda state: state.state == "complete", 300)
     assert (short.stage, short.step, short.total, short.beat_age_s, short.alarms) == (2, 24, 24, None, ())
     told = subprocess.run([*STATUS, "--json", str(live)], capture_output=True, text=True, check=True).stdout
     assert {run["name"]: run["state"] for run in json.loads(told)} == {
