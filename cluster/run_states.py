@@ -5,9 +5,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from cluster.alarms import STALE_S, Alarm, beat_age, find_alarms, stuck_ranks
+from cluster.alarms import Alarm, beat_age, find_alarms, stuck_ranks
 from cluster.run_files import (
     DEPTH,
     Record,
@@ -20,25 +19,22 @@ from cluster.run_files import (
     thinned,
     whole,
 )
+from cluster.run_life import State, life_state, newest_job, slurm_job
 from cluster.squeue import look
 from spire_dist.config import RunConfig
 from spire_dist.errors import RunError
 
-__all__ = ["Alarm", "RankState", "RunState", "distinct_names", "find_runs", "read_curves", "read_state", "read_states"]
-
-State = Literal[
-    "queued", "starting", "training", "suspended", "stopped", "failed", "complete", "STUCK", "no sign of life"
+__all__ = [
+    "Alarm",
+    "RankState",
+    "RunState",
+    "State",
+    "distinct_names",
+    "find_runs",
+    "read_curves",
+    "read_state",
+    "read_states",
 ]
-
-WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
-STARTING = ("RUNNING", "CONFIGURING")
-"""Slurm's names for a job that will run, and for one that has its nodes."""
-
-START_S = 120.0
-"""A life of a job may take so long before its first sign of life."""
-
-QUIET_S = 600.0
-"""So long a run without signs of life (of an older version) is believed to train."""
 
 SPEED_LINES = 10
 """Log lines whose median speed is that of the time left: one line alone jumps."""
@@ -119,7 +115,7 @@ def read_states(paths: Sequence[Path]) -> list[RunState]:
             f"{where}: no run directory here, nor {DEPTH} folders deep; give the --run of a spire-dist train"
         )
     found = [read_files(run) for run in runs]
-    queue = look(job for files in found if (job := _slurm_job(files)) is not None)
+    queue = look(job for files in found if (job := slurm_job(files)) is not None)
     now = time.time()
     return [_state_of(files, name, now, queue) for files, name in zip(found, distinct_names(runs), strict=True)]
 
@@ -145,10 +141,10 @@ def read_curves(run: Path) -> tuple[list[Record], dict[int, list[Record]]]:
 
 
 def _state_of(files: RunFiles, name: str, now: float, queue: Mapping[str, str] | None) -> RunState:
-    job, newest = _job(files), files.newest
+    job, newest = newest_job(files), files.newest
     told = queue.get(job) if queue is not None and job is not None else None
     stuck = stuck_ranks(files, now)
-    state = _state(files, bool(stuck), told, now)
+    state = life_state(files, bool(stuck), told, now)
     stuck = stuck if state == "STUCK" else []
     reached = max(filter(None, map(_place, [files.status, newest, *files.beats.values()])), default=(None, None))
     logged = newest if whole(newest, "stage") == reached[0] else {}
@@ -175,52 +171,6 @@ def _state_of(files: RunFiles, name: str, now: float, queue: Mapping[str, str] |
         message=_message(files),
         alarms=find_alarms(files, state, stuck, told, now),
     )
-
-
-def _state(files: RunFiles, stuck: bool, queue: str | None, now: float) -> State:
-    """The newest sign of life counts first, then the queue, then what the run said last."""
-    told, age, waiting_for = files.status.get("state"), beat_age(files, now), (queue or "").partition(" ")[0]
-    if told == "complete":
-        return "complete"
-    if waiting_for == "SUSPENDED":
-        return "suspended"
-    if age is not None and age <= STALE_S:
-        return "STUCK" if stuck else "training" if told == "training" else "starting"
-    if waiting_for in WAITING or (queue is None and _comes_again(files)):
-        return "queued"
-    if waiting_for in STARTING and (told != "training" or _just_started(files, now)):
-        return "starting"
-    if told == "stopped" or told == "failed":
-        return told
-    if told == "training":  # versions without signs of life say something only when they log or save
-        news = max((time for time in (moment(files.newest), moment(files.status)) if time is not None), default=0.0)
-        return "training" if age is None and now - news <= QUIET_S else "no sign of life"
-    return "queued" if files.job and queue is None else "no sign of life"
-
-
-def _comes_again(files: RunFiles) -> bool:
-    """Whether the newest life ended with a request for another one."""
-    return bool(files.lives) and files.lives[-1].get("then") == "requeued"
-
-
-def _just_started(files: RunFiles, now: float) -> bool:
-    life = files.lives[-1] if files.lives else {}
-    began = moment(life)
-    return life.get("event") == "started" and began is not None and now - began <= START_S
-
-
-def _job(files: RunFiles) -> str | None:
-    """The newest job: submit knows of it first, each life and each rank after it."""
-    known = [(moment(files.job), files.job.get("id"))]
-    known += [(moment(record), record.get("job")) for record in (*files.lives, *files.beats.values())]
-    jobs = [(time, str(job)) for time, job in known if time is not None and job is not None]
-    return max(jobs)[1].partition("_")[0] if jobs else None
-
-
-def _slurm_job(files: RunFiles) -> str | None:
-    job = _job(files)
-    local = files.job.get("cluster") == "local" and str(files.job.get("id")).partition("_")[0] == job
-    return job if job is not None and job.isdigit() and not local else None
 
 
 def _place(record: Record) -> tuple[int, int] | None:

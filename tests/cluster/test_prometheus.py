@@ -13,7 +13,8 @@ from cluster.prometheus import metrics_text, write_metrics
 from cluster.run_states import RankState, RunState
 from spire_dist.errors import RunError
 
-DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
+DOCS = Path(__file__).parents[2] / "docs"
+DASHBOARD, PAGE = DOCS / "grafana.json", DOCS / "monitoring.md"
 
 LABELS = ("run", "rank", "host", "state", "kind")
 
@@ -96,6 +97,11 @@ def test_the_file_for_node_exporter_is_whole_or_the_old_one(tmp_path, refusal):
     assert [file.name for file in tmp_path.iterdir()] == ["spire.prom"]
     nowhere = tmp_path / "nowhere" / "spire.prom"
     refusal(RunError, [str(nowhere), "cannot be written"], lambda: write_metrics(nowhere, [TRAINS]))
+
+
+def test_the_page_lists_the_metrics_that_there_are():
+    listed = set(re.findall(r"`(spire_\w+)`", PAGE.read_text()))
+    assert listed == {family.name for family in text_string_to_metric_families(metrics_text([TRAINS]))}
 
 
 def expressions(node: object) -> list[str]:

@@ -163,6 +163,29 @@ def test_state(run, status, age, queue, expected):
     assert (state.state, state.job, state.queue) == (expected, "4711", queue)
 
 
+def test_a_run_that_has_just_failed_does_not_start(run):
+    """Its signs of life are still fresh, those of other ranks even newer."""
+    beat(run, 0, age=3, world=2)
+    beat(run, 1, age=0, world=2)
+    write(run / "STATUS.json", said("failed", age=2))
+    assert read_state(run, NOW).state == "failed"
+    beat(run, 0, age=0, world=2)
+    assert read_state(run, NOW).state == "starting"
+
+
+def test_a_job_that_runs_is_at_its_beginning_or_at_its_end(run):
+    def state(status: str, began_ago: float) -> str:
+        write(run / "STATUS.json", said(status, age=60))
+        beat(run, age=70)
+        life = {"time": NOW - began_ago, "job": "4711", "restart": 1, "event": "started"}
+        write_lines(run / "jobs" / "lives.jsonl", [life])
+        return read_state(run, NOW, {"4711": RUNS}).state
+
+    assert [state("failed", 80), state("failed", 30)] == ["failed", "starting"]
+    assert [state("stopped", 80), state("stopped", 30)] == ["stopped", "starting"]
+    assert [state("training", 400), state("training", 30)] == ["no sign of life", "starting"]
+
+
 def test_no_sign_of_life_says_since_when_what_is_saved_and_what_to_do(run):
     beat(run, age=190)
     assert texts(read_state(run, NOW)) == [
@@ -540,6 +563,8 @@ def test_the_queue_is_asked_where_there_is_one(run, slurm):
     write(run / "jobs" / "job.json", {"id": number, "cluster": "slurm", "time": time.time()})
     held = job("queued", "PENDING (JobHeldUser)")
     assert held.job == number
+    write(run.parent / "lost" / "jobs" / "job.json", {"id": "999999", "cluster": "slurm", "time": time.time()})
+    assert {state.name: state.queue for state in read_states([run.parent])} == {"run": held.queue, "lost": "gone"}
     assert "PENDING (JobHeldUser)" in table([held])
     subprocess.run(["scontrol", "release", number], check=True)
     job("starting", "RUNNING (")
