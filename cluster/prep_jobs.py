@@ -1,11 +1,14 @@
 """Prep on many machines: the shards of a begun store made by a Ray cluster or by Slurm jobs, with the bytes of one machine.
 
-Called by `spire-dist prep --engine ray | slurm` and from notebooks. A shard needs nothing but the begun store, so the store
-and the stacks must lie where every node sees them, under the same path.
+Called by `spire-dist prep` (`--engine ray | slurm`; `--share`, for slurm/prep.sh) and from notebooks. A shard needs nothing but
+the begun store, so the store and the stacks must lie where every node sees them, under the same path.
 """
 
 import hashlib
+import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,12 +19,14 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from cluster.lives import still_ours
 from cluster.ray_cluster import ray_cluster, require_ray, told_by_a_worker
 from cluster.submit import Task, job_parameters, queue, require
-from data_prep.convert import Engine, complete
+from data_prep.convert import Engine, cannot_write, complete
 from data_prep.processes import in_processes
-from data_prep.shards import missing_shards, write_shard
-from spire_dist.errors import ConfigError, SpireError, StoreError
+from data_prep.shards import NOTES, is_noted, missing_shards, read_attributes, shards_of, write_shard
+from spire_dist.errors import ConfigError, SpireError, Stopped, StoreError
+from spire_dist.progress import progress
 from spire_dist.schema import MANIFEST_NAME
 
 RETRIES = 3
@@ -153,6 +158,64 @@ class Rest(Task):
         """Complete the store."""
         with _told_in_one_line():
             complete(self.store, partial(in_processes, workers=1))
+
+
+def read_share(text: str, engine: str = "local") -> tuple[int, int]:
+    """(2, 16) of "2/16", the third of sixteen shares. Raises ConfigError for any other text, and where an engine shares out."""
+    if engine != "local":
+        raise ConfigError(f"--share {text}: not with --engine {engine}, which shares out the work itself")
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if number >= count:
+        raise ConfigError(f"--share {text}: write K/N, the K-th of N shares from 0; in Slurm use sbatch --array=0-15")
+    return number, count
+
+
+def make_share(store: Path, number: int, count: int) -> int:
+    """Make every `count`-th shard of a begun store, from `number` on; whoever then finds all made writes the manifest.
+
+    Returns how many are still to be made by others. Raises Stopped where Ctrl-C, or `queued_again`, ends it.
+    """
+    every = shards_of(read_attributes(store))
+    own = every[number::count]
+    missing = [shard for shard in own if not is_noted(store, shard)]
+    try:
+        made = (write_shard(store, shard) for shard in missing)
+        for _ in progress(made, "prep", total=len(own), unit="shard", done=len(own) - len(missing)):
+            pass
+    except OSError as error:
+        raise cannot_write(store, error) from error
+    except KeyboardInterrupt:
+        raise Stopped(f"{store}: stopped with share {number}/{count} unfinished; the same command goes on") from None
+    for folder in (store / NOTES, store / "images" / "c"):
+        if folder.is_dir():
+            list(folder.iterdir())  # NFS looks anew: of two that end together one sees the shards of both
+    if left := len(missing_shards(store)):
+        return left
+    complete(store, partial(in_processes, workers=1))
+    return 0
+
+
+@contextmanager
+def queued_again() -> Iterator[None]:
+    """Inside the block USR2 and TERM stop the work as Ctrl-C does, and a Slurm job that was stopped is queued again.
+
+    That is what a job gets before its time limit (`sbatch --signal`) and when another one takes its place. To be called in
+    the main thread.
+    """
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        yield
+    except Stopped:
+        job = os.environ.get("SLURM_JOB_ID")
+        if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+            job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+        if job and shutil.which("scontrol") and still_ours(job):
+            subprocess.run(["scontrol", "requeue", job], check=False)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from cluster.ray_cluster import ray_cluster, require_ray, told_by_a_worker
@@ -124,9 +125,9 @@ class Pool:
                 while not (self._alone or ray.wait([answer], timeout=LOOK_S)[0]):
                     self._look_at_node()
                 if not self._alone:
-                    return ray.get(
-                        answer
-                    ).copy()  # Ray ends a process that still has an object when its node's store dies
+                    return np.array(
+                        ray.get(answer)
+                    )  # Ray ends a process that still has an object when its node's store dies
             except RayTaskError as error:
                 raise told_by_a_worker(error) from None
             except OSError:  # the connection to this node's part of the cluster

@@ -90,7 +90,8 @@ def prepare(
         allow_missing_poses: make a store that can be looked at but not trained on.
         workers: processes; default one per core.
         engine: what makes the shards instead of processes of this machine.
-        only_begin: write all but the images; `complete` goes on from there, here or in another place.
+        only_begin: write all but the images; `complete` goes on from there, here or in another place. Several processes
+            may do so at once.
         dry_run: check everything, say what it would take, and write nothing.
 
     Returns the store's path. Raises `ConfigError`, `SourceError` or `StoreError`, each in one line.
@@ -125,7 +126,7 @@ def prepare(
     if engine is None and workers > 1 and not (only_begin or dry_run):
         begin_to_import()
     try:
-        is_new = begin(inputs, options, store, workers, dry_run=dry_run)
+        is_new = begin(inputs, options, store, workers, dry_run=dry_run, shared=only_begin)
     except KeyboardInterrupt:
         raise Stopped(f"{store}: stopped before its first image; the same command begins again") from None
     if dry_run or only_begin:
@@ -139,10 +140,13 @@ def prepare(
     return store
 
 
-def begin(inputs: Inputs, options: Options, store: Path, workers: int = 1, *, dry_run: bool = False) -> bool:
+def begin(
+    inputs: Inputs, options: Options, store: Path, workers: int = 1, *, dry_run: bool = False, shared: bool = False
+) -> bool:
     """Everything but the images, unless it is there; says what the store will take. True where this call made the store.
 
-    Afterwards the store describes itself: `complete`, or `write_shard` anywhere, needs neither inputs nor options.
+    With `shared` other processes may be doing the same at this moment. Afterwards the store describes itself: `complete`, or
+    `write_shard` anywhere, needs neither inputs nor options.
     """
     begun = begun_attributes(store)
     plan = make_plan(inputs, options)
@@ -150,13 +154,17 @@ def begin(inputs: Inputs, options: Options, store: Path, workers: int = 1, *, dr
         _go_on_with(store, begun, plan)
         return False
     needs = _what_it_takes(store, plan, workers)
-    plan, sign = with_sign(plan)
+    signed, sign = with_sign(plan)
     print(needs, file=sys.stderr)
     if dry_run:
         return False
+    attributes, tables = store_attributes(signed, sign), planned_tables(signed)
     try:
-        write_tables(store, store_attributes(plan, sign), planned_tables(plan), plan.recipe.stacks)
+        write_tables(store, attributes, tables, signed.recipe.stacks, shared=shared)
     except OSError as error:
+        if shared and (begun := begun_attributes(store)) is not None:  # another process was first
+            _go_on_with(store, begun, plan)
+            return False
         raise cannot_write(store, error) from error
     return True
 
@@ -173,7 +181,8 @@ def complete(store: Path, engine: Engine, what: str = "prep") -> None:
         unmade = [shard for shard in missing if not is_noted(store, shard)]
         if unmade:
             raise StoreError(f"{store}: {len(unmade)} of {total} shards were not made; run the same command again")
-        for leftover in list(store.rglob(".*.partial*")):  # of writes that were killed, now or in an earlier call
+        # Of writes that were killed, now or in an earlier call; beside the store those of processes that began it together.
+        for leftover in [*store.rglob(".*.partial*"), *store.parent.glob(f".{store.stem}.*-*.partial{store.suffix}")]:
             remove(leftover)
         finish(store, attributes)
     except OSError as error:

@@ -51,11 +51,19 @@ def planned_tables(plan: Plan) -> dict[str, NDArray[Any]]:
 
 
 def write_tables(
-    store: Path, attributes: dict[str, Any], tables: dict[str, NDArray[Any]], stacks: Iterable[Stack]
+    store: Path,
+    attributes: dict[str, Any],
+    tables: dict[str, NDArray[Any]],
+    stacks: Iterable[Stack],
+    *,
+    shared: bool = False,
 ) -> None:
-    """The store without images, complete or absent. Raises OSError where something else came to stand there meanwhile."""
+    """The store without images, complete or absent. Raises OSError where something else came to stand there meanwhile.
+
+    `shared` as for `replacing`: of several processes that write the same store at once, the first to end wins.
+    """
     count, box = attributes["count"], attributes["box"]
-    with replacing(store, flushed=True, over=False) as new:
+    with replacing(store, flushed=True, shared=shared, over=False) as new:
         group = zarr.create_group(new, attributes=attributes)
         group.create_array(
             "images",

@@ -6,6 +6,7 @@ keeps its traceback. Functions are imported inside the verbs, so that `--help` a
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -151,6 +152,9 @@ def prep(
     sbatch: Annotated[
         list[str] | None, typer.Option(help="Slurm: any further sbatch option as key=value, repeatable.")
     ] = None,
+    share: Annotated[
+        str | None, typer.Option(help="K/N: make only the K-th of N shares, from 0; see slurm/prep.sh.")
+    ] = None,
 ) -> None:
     """Convert particles once into a store that training can stream."""
     from data_prep.convert import check_paths, prepare
@@ -166,19 +170,28 @@ def prep(
         )
         _end_with(check_paths(files), f"{source}: every stack is there")
         return
-    made_by = None
+    made_by = stopping = part = None
     if engine != "local":
         from cluster.prep_jobs import choose_engine
 
         made_by = choose_engine(engine, ray_address, workers)
-    prepare(
-        source, store, box=box, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (),
-        tomograms=tomograms, sign=sign,
-        radius_a=radius_a, pixel_size=pixel_size, poses=poses or (), ctf=ctf, labels=labels, no_ctf=no_ctf, normalise=normalise,
-        allow_missing_poses=allow_missing_poses, shuffle=shuffle, dtype=dtype, images_per_shard=images_per_shard,
-        workers=workers, seed=seed, dry_run=dry_run, engine=made_by, only_begin=engine == "slurm",
-    )  # fmt: skip
+    if share:
+        from cluster.prep_jobs import make_share, queued_again, read_share
+
+        part, stopping = read_share(share, engine), queued_again()
+    with stopping or nullcontext():
+        prepare(
+            source, store, box=box, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (),
+            tomograms=tomograms, sign=sign, radius_a=radius_a, pixel_size=pixel_size, poses=poses or (), ctf=ctf, labels=labels,
+            no_ctf=no_ctf, normalise=normalise, allow_missing_poses=allow_missing_poses, shuffle=shuffle, dtype=dtype,
+            images_per_shard=images_per_shard, workers=workers, seed=seed, dry_run=dry_run, engine=made_by,
+            only_begin=engine == "slurm" or bool(share),
+        )  # fmt: skip
+        left = make_share(store, *part) if part and not dry_run else 0
     if dry_run:
+        return
+    if left:
+        print(f"{store}: share {share} is made; {left} shards are still to be made by others")
         return
     if engine == "slurm":
         from cluster.prep_jobs import queue_shards

@@ -193,7 +193,8 @@ class Training:
     def step(self) -> int:
         """Of its last log line; that of the second stage counts on."""
         log = self.run / "metrics.jsonl"
-        records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
+        records = [json.loads(line) for line in whole.splitlines()]
         return records[-1]["step"] + (STEPS if records[-1]["stage"] == 2 else 0) if records else 0
 
     def end(self) -> tuple[int, str]:
