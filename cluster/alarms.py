@@ -19,6 +19,9 @@ STALE_S = 15.0
 SLOW_STEPS = 3.0
 """A step may take so many times as long as usual (and `STALE_S`) before a rank that all wait for is called stuck."""
 
+ALL_STILL_S = 120.0
+"""So long all ranks together may take for what is not a step: to save."""
+
 CLOCK_S = 5.0
 """A sign of life from so far in the future is told."""
 
@@ -69,10 +72,8 @@ def stuck_ranks(files: RunFiles, now: float) -> list[Alarm]:
     age = beat_age(files, now)
     if age is None or age > STALE_S:
         return []
-    alone = files.world == 1
-    silent = [] if alone else [_silent(files, rank, now) for rank in range(files.world)]
-    found = [alarm for alarm in silent if alarm is not None]
-    return found or ([] if alone else _holding_up(files, now))
+    silent = [_silent(files, rank, now) for rank in range(files.world)] if files.world > 1 else []
+    return [alarm for alarm in silent if alarm is not None] or _holding_up(files, now)
 
 
 def _silent(files: RunFiles, rank: int, now: float) -> Alarm | None:
@@ -93,20 +94,25 @@ def _silent(files: RunFiles, rank: int, now: float) -> Alarm | None:
 
 
 def _holding_up(files: RunFiles, now: float) -> list[Alarm]:
-    """Ranks that live but do not come to where all others wait."""
+    """Ranks that live but do not come to where all others wait, or all of them where nobody knows who waits for whom."""
     newest, step = files.newest, max(whole(beat, "step") or 0 for beat in files.beats.values())
-    busy = [rank for rank, beat in files.beats.items() if not beat.get("waiting")]
     total, time, seconds = whole(newest, "total"), moment(newest), _step_s(files)
-    if not 0 < len(busy) < files.world or total is None or time is None or seconds is None:
+    if files.config is None or total is None or time is None or seconds is None:
         return []
     logged = whole(newest, "step") or 0
     if any(whole(beat, "stage") != newest.get("stage") for beat in files.beats.values()) or logged >= total:
         return []  # between the stages the first rank works alone
+    slack = SLOW_STEPS * seconds
     still = now - (time + max(0, step - logged) * seconds)
-    if still <= STALE_S + SLOW_STEPS * seconds:
+    if now - time <= files.config.output.log_seconds + slack or still <= STALE_S + slack:
+        return []  # the next log line is not due; until then a step may have become slower than is known
+    busy = [rank for rank, beat in files.beats.items() if not beat.get("waiting")]
+    if 0 < len(busy) < files.world:
+        text = f"has been at step {step} for {duration(still)}; the others wait for it"
+        return [Alarm("stuck", f"{_named(files, rank)} {text}", rank) for rank in busy]
+    if still <= ALL_STILL_S + slack:
         return []
-    text = f"has been at step {step} for {duration(still)}; the others wait for it"
-    return [Alarm("stuck", f"{_named(files, rank)} {text}", rank) for rank in busy]
+    return [Alarm("stuck", f"step {step} has not ended for {duration(still)}, though all ranks give signs of life")]
 
 
 def _last_together(files: RunFiles) -> float:

@@ -175,6 +175,24 @@ def test_a_rank_that_all_wait_for_at_the_same_step_is_named(run):
     assert read_state(run, NOW).state == "training"
 
 
+def test_steps_may_become_slower_until_a_log_line_is_due(run):
+    ranks(run)
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("log_seconds = 10.0", "log_seconds = 60.0"))
+    write_lines(run / "metrics.jsonl", [line(age=50)])
+    assert read_state(run, NOW).state == "training"
+    assert read_state(run, NOW + 11).state == "STUCK"
+
+
+def test_all_ranks_may_stand_still_for_a_save_and_no_longer(run):
+    write_lines(run / "metrics.jsonl", [line(age=110)])
+    assert read_state(run, NOW).state == "training"
+    write_lines(run / "metrics.jsonl", [line(age=170)])
+    state = read_state(run, NOW)
+    assert (state.state, state.alarms[0].rank) == ("STUCK", None)
+    assert texts(state) == ["step 120 has not ended for 3 min, though all ranks give signs of life"]
+
+
 def test_the_first_rank_may_work_alone_between_the_stages(run):
     ranks(run, step=1000)
     write_lines(run / "metrics.jsonl", [line(1000, age=300)])
