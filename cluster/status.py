@@ -119,7 +119,7 @@ def _cells(state: RunState, width: int) -> dict[str, str]:
         "step": "" if state.step is None else f"{state.step}/{state.total}" if state.total else str(state.step),
         "epoch": "" if state.epoch is None else f"{state.epoch:.1f}",
         "loss": "" if state.loss is None else f"{state.loss:.5g}",
-        "images/s": "" if speed is None or not going else f"{speed:,.0f}",
+        "images/s": "" if speed is None or state.state != "training" else f"{speed:,.0f}",
         "left": "" if left is None else ("~" if state.eta_rough else "") + duration(left),
         "elapsed": "" if state.elapsed_s is None else duration(state.elapsed_s),
         "restarts": str(state.restarts) if state.restarts else "",
