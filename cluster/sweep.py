@@ -40,24 +40,25 @@ def sweep(space: Path, out: Path, *, resume: bool = False, ray_address: str | No
     Raises ConfigError for a file that cannot be used, or a folder that is there (or not, with `resume`); Stopped, exit code 75,
     after Ctrl-C, TERM or USR2, when all trials have saved.
     """
-    found, out = load_space(space), out.absolute()
+    found, given, out = load_space(space), out, out.absolute()
     _check_folder(found, out, resume)
     store = ParticleStore.open(found.base.data.store)
     _check_trials(found, store)
     address = require_ray(ray_address)
-    if found.sweep.metric == "loss":
-        kept = store.count - max(1, round(found.sweep.held_out * store.count))
-        training_view(store, out / VIEW, kept)
-    write_sweep(out, found.as_dict())
-    (out / STOP).unlink(missing_ok=True)
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": str(SNAPSHOT_S)}
-    with ray_cluster(address):
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints a box of nothing the user asked for
+    with ray_cluster(address, cpus=_cores(found, address)):
         _check_room(found)
+        if found.sweep.metric == "loss":
+            kept = store.count - max(1, round(found.sweep.held_out * store.count))
+            training_view(store, out / VIEW, kept)
+        write_sweep(out, found.as_dict())
+        (out / STOP).unlink(missing_ok=True)
         with _stopping_all(out) as asked:
             _search(found, out)
             if asked:
-                raise Stopped(f"stopped by {asked[0].name}; go on with: spire-dist sweep {space} {out} --resume")
-    return write_results(out, found)
+                raise Stopped(f"stopped by {asked[0].name}; go on with: spire-dist sweep {space} {given} --resume")
+    return write_results(given, found)
 
 
 def _check_folder(space: Space, out: Path, resume: bool) -> None:
@@ -94,6 +95,17 @@ def _check_trials(space: Space, store: ParticleStore) -> None:
             Order(store.count, store.images_per_chunk, stage.batch, config.seed).portion(0, 0, space.sweep.ranks)
         if config.data.loader == "ray":
             raise ConfigError('data.loader = "ray": trials of a sweep read for themselves; leave it out')
+
+
+def _cores(space: Space, address: str) -> int | None:
+    """Cores that a cluster of this machine is to offer; none: all. They limit a population, whose trials all begin."""
+    plan = space.sweep
+    if plan.search != "pbt" or plan.at_once is None:
+        return None
+    if address != "local":
+        raise ConfigError(f'{space.path}: sweep.at_once = {plan.at_once}: on a cluster that runs, search = "pbt" takes all the '
+                          "room there is; leave it out")  # fmt: skip
+    return plan.at_once * plan.ranks * plan.cpus
 
 
 def _check_room(space: Space) -> None:
@@ -144,7 +156,8 @@ def _search(space: Space, out: Path) -> None:
                 metric=None if scheduler else plan.metric,
                 mode=None if scheduler else plan.mode,
                 scheduler=scheduler,
-                max_concurrent_trials=plan.at_once,
+                max_concurrent_trials=None if plan.search == "pbt" else plan.at_once,
+                reuse_actors=True,
                 trial_dirname_creator=folder_name,
             ),
             run_config=tune.RunConfig(

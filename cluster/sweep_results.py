@@ -11,13 +11,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
 from cluster.sweep_files import Report, read_reports, trial_folder
 from cluster.sweep_space import Settings, Space, Varied
 from spire_dist.config import dump_config
 from spire_dist.errors import RunError
 from spire_dist.files import replacing, write_durably
+
+BEST = "#d62728"
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,15 @@ def write_results(out: Path, space: Space) -> str:
 def table(trials: list[Outcome], space: Space) -> list[str]:
     """The trials as aligned lines."""
     names = [one.field for one in space.varied]
-    header = ["trial", space.sweep.metric, "trained", "", *_short(names)]
+    pbt = space.sweep.search == "pbt"
+    header = ["trial", space.sweep.metric, "trained", "", *(["from"] if pbt else []), *_short(names)]
     rows = [
         [
             str(o.number),
             "-" if o.value is None else f"{o.value:.6f}",
             f"{100 * o.share:.0f} %",
             o.state,
+            *([] if not pbt else ["" if o.parent is None else str(o.parent)]),
             *(_shown(o.settings[name]) for name in names),
         ]
         for o in trials
@@ -116,14 +119,8 @@ def table(trials: list[Outcome], space: Space) -> list[str]:
 
 
 def _short(names: list[str]) -> list[str]:
-    """Names of fields without what none needs to differ from the others."""
-    short = []
-    for name in names:
-        parts = name.split(".")
-        tails = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        others = [other for other in names if other != name]
-        short.append(next((t for t in tails if not any(f".{o}".endswith(f".{t}") for o in others)), name))
-    return short
+    """Names of fields as they are shown."""
+    return [name.replace(".rates.", ".") for name in names]
 
 
 def _shown(value: Any) -> str:
@@ -143,31 +140,30 @@ def _as_csv(trials: list[Outcome], space: Space) -> str:
 
 
 def plot(path: Path, trials: list[Outcome], space: Space) -> None:
-    """Parallel coordinates: an axis for each field and one for the metric, a line for each trial, coloured by the metric."""
+    """Parallel coordinates: an axis for each field and one for the metric, its good end up, and a line for each trial."""
     shown = [o for o in trials if o.value is not None]
     done = [o for o in shown if o.share == shown[0].share]
-    values = np.array([o.value for o in done])
-    low, high = values.min(), values.max()
-    span = high - low or 1.0
+    values = [o.value for o in done if o.value is not None]
+    best, worst = values[0], min(values) if space.sweep.mode == "max" else max(values)
+    span = best - worst or 1.0
     axes = [*space.varied]
     figure, plane = plt.subplots(figsize=(max(6.0, 1.7 * (len(axes) + 1)), 4.8), layout="constrained")
-    colours = plt.get_cmap("viridis_r" if space.sweep.mode == "min" else "viridis")
+    colours = plt.get_cmap("viridis_r")
     for o in reversed(shown):
         assert o.value is not None
         places = [_place(one, o.settings[one.field]) for one in axes]
         if o in done:
-            places.append((o.value - low) / span)
-            best = o is done[0]
-            plane.plot(
-                places, color=colours((o.value - low) / span), linewidth=3.5 if best else 1.6, zorder=3 if best else 2
-            )
+            places.append((o.value - worst) / span)
+            first = o is done[0]
+            colour = BEST if first else colours(0.15 + 0.8 * (o.value - worst) / span)
+            plane.plot(places, color=colour, linewidth=3 if first else 1.6, zorder=3 if first else 2)
         else:
             plane.plot(places, color="0.75", linewidth=0.9, zorder=1)
     for x, one in enumerate(axes):
         _draw_axis(plane, x, _ticks(one))
-    _draw_axis(plane, len(axes), [(share, f"{low + share * span:.5f}") for share in (0.0, 0.5, 1.0)])
+    _draw_axis(plane, len(axes), [(share, f"{worst + share * span:.5f}") for share in (0.0, 0.5, 1.0)])
     labels = [*_short([one.field for one in axes]), space.sweep.metric]
-    plane.set_xticks(range(len(labels)), labels)
+    plane.set_xticks(range(len(labels)), labels, fontsize=9)
     plane.set_yticks([])
     plane.set_xlim(-0.25, len(axes) + 0.55)
     plane.set_ylim(-0.04, 1.04)
@@ -175,7 +171,7 @@ def plot(path: Path, trials: list[Outcome], space: Space) -> None:
         side.set_visible(False)
     plane.tick_params(axis="x", length=0)
     early = len(shown) - len(done)
-    title = f"{len(shown)} trials; colour: {space.sweep.metric}, thick: the best"
+    title = f"{len(shown)} trials, good ones end high; red: the best"
     plane.set_title(title + (f"; grey: {early} stopped early" if early else ""), fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -204,4 +200,4 @@ def _ticks(one: Varied) -> list[tuple[float, str]]:
         return [(_place(one, value), _shown(value)) for value in one.values]
     low, high = one.values
     middle = math.sqrt(low * high) if one.kind == "log" else (low + high) / 2
-    return [(0.0, _shown(low)), (0.5, _shown(float(middle))), (1.0, _shown(high))]
+    return [(0.0, _shown(low)), (0.5, f"{middle:.3g}"), (1.0, _shown(high))]

@@ -79,7 +79,7 @@ class SweepConfig(Section):
     def shares(self) -> list[float]:
         """At which shares of the training a trial reports; the last is 1."""
         if self.search == "random":
-            return [0.5, 1.0]
+            return [1.0]
         if self.search == "pbt":
             return [*(n * self.interval for n in range(1, math.ceil(1 / self.interval - 1e-9))), 1.0]
         rungs = math.ceil(-math.log(self.grace) / math.log(self.reduction) - 1e-9)

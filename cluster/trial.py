@@ -63,6 +63,11 @@ class Trial(tune.Trainable):
         self.environment = os.environ | {"PYTHONPATH": os.pathsep.join([*roots, *sys.path])}
         self.environment.pop("SLURM_STEP_ID", None)  # the trial is no task of the job that Ray runs in
 
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Be another trial from now on, or the same one under other settings."""
+        self.setup(new_config)
+        return True
+
     def step(self) -> dict[str, Any]:
         """Train to the next report. Raises RuntimeError where the processes die again and again, or were stopped."""
         sweep, found = self.space.sweep, read_reports(self.run_folder)

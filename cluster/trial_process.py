@@ -30,7 +30,6 @@ from spire_dist.distributed.checkpoint import ALONE, read_facts
 from spire_dist.distributed.launch import launch
 from spire_dist.distributed.stopping import STOP_SIGNALS
 from spire_dist.errors import SpireError, Stopped
-from spire_dist.results.evaluate import score
 from spire_dist.training.objective import Objective
 from spire_dist.training.run import FinishedRun, write_status
 from spire_dist.training.saving import State, read_state
@@ -131,6 +130,8 @@ def _stopping_itself(steps: int | None) -> Iterator[list[bool]]:
 
 def _auc(run: Path, state: State, config: RunConfig, store: ParticleStore, sweep: SweepConfig) -> float:
     """Mean area under the FSC of maps at the conformations' latents, inside the truth's mask where there is one."""
+    from spire_dist.results.evaluate import score  # with much that other sweeps need not load
+
     mixture = mixture_of(state, config).eval()
     if state.latents is not None:
         latents = state.latents[:, 0]
