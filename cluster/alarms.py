@@ -167,7 +167,7 @@ def _dead(files: RunFiles, queue: str | None, now: float) -> Alarm:
 def _stragglers(files: RunFiles) -> list[Alarm]:
     lines = files.records[-SLOW_LINES:]
     ranks = {whole(line, "slowest_rank") for line in lines}
-    rank = ranks.pop() if len(ranks) == 1 else None
+    rank = ranks.pop() if len(ranks) == 1 and len(lines) == SLOW_LINES else None
     if rank is None:
         return []
     times = statistics.median(number(line, "slowest_times") or 0.0 for line in lines)

@@ -227,6 +227,8 @@ def test_a_rank_that_is_slow_line_after_line_is_named(run):
     slow = {"ranks": 3, "slowest_rank": 2, "slowest_times": 1.7}
     write_lines(run / "metrics.jsonl", [line(), line(**slow), line(**slow)])
     assert (read_state(run, NOW).slowest_rank, read_state(run, NOW).alarms) == (2, ())
+    write_lines(run / "metrics.jsonl", [line(**slow)])
+    assert read_state(run, NOW).alarms == ()
     write_lines(run / "metrics.jsonl", [line(**slow)] * 3)
     assert texts(read_state(run, NOW)) == ["rank 2 on n3 is slow: 1.7 times the work of the others per step"]
 
