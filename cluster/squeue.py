@@ -31,5 +31,6 @@ def look(jobs: Iterable[str]) -> dict[str, str] | None:
     found = dict.fromkeys(wanted, GONE)
     for line in told.stdout.splitlines():
         job, state, why = (*line.split("|", 2), "", "")[:3]
-        found[job] = f"{state} ({why.strip('()')})" if why else state
+        why = why.strip("()")
+        found[job] = f"{state} ({why})" if why not in ("", "None") else state
     return found
