@@ -31,6 +31,8 @@ PERTURBATION = 1.25
 """Factor, or its inverse, by which population-based search changes a number; of a range, this share less one."""
 REDRAWN = 0.25
 """Probability with which it draws a new one instead."""
+LAST_RUNG = 0.95
+"""Share of the training after which nothing is decided any more: to end it costs little."""
 
 
 class SweepConfig(Section):
@@ -81,9 +83,11 @@ class SweepConfig(Section):
         if self.search == "random":
             return [1.0]
         if self.search == "pbt":
-            return [*(n * self.interval for n in range(1, math.ceil(1 / self.interval - 1e-9))), 1.0]
-        rungs = math.ceil(-math.log(self.grace) / math.log(self.reduction) - 1e-9)
-        return [*(self.grace * self.reduction**n for n in range(rungs)), 1.0]
+            return [*(n * self.interval for n in range(1, math.ceil(LAST_RUNG / self.interval))), 1.0]
+        rungs = [self.grace]
+        while rungs[-1] * self.reduction <= LAST_RUNG:
+            rungs.append(rungs[-1] * self.reduction)
+        return [*rungs, 1.0]
 
 
 @dataclass(frozen=True)

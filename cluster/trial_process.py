@@ -9,6 +9,7 @@ OUT/trials/0007, which goes on from its checkpoint. Each report is a line of its
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -175,7 +176,10 @@ def main() -> None:
         for stream in (1, 2):
             os.dup2(log, stream)
         with open(run / STARTS, "a") as starts:
-            starts.write(json.dumps({"time": round(time.time(), 2), "pid": os.getpid(), "to": share}) + "\n")
+            host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+            starts.write(
+                json.dumps({"time": round(time.time(), 2), "host": host, "pid": os.getpid(), "to": share}) + "\n"
+            )
         if ranks > 1:
             sys.exit(launch([sys.executable, "-m", "cluster.trial_process", *sys.argv[1:]], ranks, RESTARTS))
     try:

@@ -22,10 +22,10 @@ if [ $# -ne 2 ]; then
     exit 2
 fi
 export RAY_AUTH_TOKEN=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n') RAY_USAGE_STATS_ENABLED=0
-export head=$(python -c "import ray; print(ray.util.get_node_ip_address())") port=$((10000 + SLURM_JOB_ID % 10000))
+export head=$(python -c "import ray; print(ray.util.get_node_ip_address())") port=$((30000 + SLURM_JOB_ID % 2500))
 
 # Ray is deaf to the signals that make the sweep, and its trials, save and leave.
-srun --overlap --ntasks-per-node=1 bash -c 'trap "" USR2 TERM INT
+srun --overlap --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'trap "" USR2 TERM INT
     [ "$SLURM_PROCID" -eq 0 ] && role="--head --port=$port --include-dashboard=false" || role="--address=$head:$port"
     exec ray start --block --num-cpus="${SLURM_CPUS_PER_TASK:-1}" $role' &
 until (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null; do sleep 1; kill -0 $!; done
