@@ -184,7 +184,7 @@ def prep(
             source, store, box=box, datadir=datadir, strip_prefix=strip_prefix, passthrough=passthrough or (),
             tomograms=tomograms, sign=sign, radius_a=radius_a, pixel_size=pixel_size, poses=poses or (), ctf=ctf, labels=labels,
             no_ctf=no_ctf, normalise=normalise, allow_missing_poses=allow_missing_poses, shuffle=shuffle, dtype=dtype,
-            images_per_shard=images_per_shard, workers=workers, seed=seed, dry_run=dry_run, engine=made_by,
+            images_per_shard=images_per_shard, workers=1 if share else workers, seed=seed, dry_run=dry_run, engine=made_by,
             only_begin=engine == "slurm" or bool(share),
         )  # fmt: skip
         left = make_share(store, *part) if part and not dry_run else 0
