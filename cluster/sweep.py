@@ -49,10 +49,10 @@ def sweep(space: Path, out: Path, *, resume: bool = False, ray_address: str | No
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints a box of nothing the user asked for
     with ray_cluster(address, cpus=_cores(found, address)):
         _check_room(found)
+        write_sweep(out, found.as_dict())
         if found.sweep.metric == "loss":
             kept = store.count - max(1, round(found.sweep.held_out * store.count))
             training_view(store, out / VIEW, kept)
-        write_sweep(out, found.as_dict())
         (out / STOP).unlink(missing_ok=True)
         with _stopping_all(out) as asked:
             _search(found, out)

@@ -3,7 +3,8 @@
 sweep.json            what is searched and how (the command, once)      training.zarr   the particles that trials train on
 trials/0007/          a run directory, and in it:                        ray/            what Ray keeps for itself
     trial.toml        its configuration (the actor)                     stop            there while all trials are to stop
-    reports.jsonl     a line for each report (the trial's process)      results.csv  sweep.png  best.toml   at the end
+    origin.json       its settings now, and whom it goes on from        results.csv  sweep.png  best.toml   at the end
+    reports.jsonl     a line for each report (the trial's process)
     starts.jsonl      a line for each process that began
     reports/2/        of a population: the checkpoint of its second report, for others to go on from
 """
@@ -17,8 +18,8 @@ from typing import Any
 from spire_dist.distributed.holder import LOCK
 from spire_dist.files import write_durably, write_json
 
-CONFIG, LOG, REPORTS, STARTS, STOP, SWEEP, VIEW, RAY = (
-    "trial.toml", "train.log", "reports.jsonl", "starts.jsonl", "stop", "sweep.json", "training.zarr", "ray",
+CONFIG, LOG, ORIGIN, REPORTS, STARTS, STOP, SWEEP, VIEW, RAY = (
+    "trial.toml", "train.log", "origin.json", "reports.jsonl", "starts.jsonl", "stop", "sweep.json", "training.zarr", "ray",
 )  # fmt: skip
 Report = dict[str, Any]
 """share (of the training), loss or auc, steps, train_s, look_s (seconds), time, settings, parent; or failed: why."""

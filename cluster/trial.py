@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler
 
-from cluster.sweep_files import CONFIG, LOG, STOP, read_reports, read_sweep, trial_folder, write_reports
+from cluster.sweep_files import CONFIG, LOG, ORIGIN, STOP, read_reports, read_sweep, trial_folder, write_reports
 from cluster.sweep_space import Settings, Space
 from spire_dist.config import dump_config
 from spire_dist.errors import SpireError
@@ -26,8 +26,6 @@ from spire_dist.files import remove, write_durably, write_json
 
 PERMILLE = "permille"
 """What Ray takes for time: thousandths of the training."""
-ORIGIN = "origin.json"
-"""In a trial's directory: its settings now, and of a population whom it goes on from."""
 POINTER = "pointer.json"
 KEPT = 2
 """Reports of a population's trial whose checkpoint is kept for others."""
@@ -80,11 +78,10 @@ class Trial(tune.Trainable):
             self._stay_while_stopping()
             found = read_reports(self.run_folder)
             if code == SpireError.exit_code:  # such as a loss that is no number: so the settings are bad
-                found.append({"share": share, "failed": last_words(self.run_folder / LOG)})
+                found.append({"share": share, "failed": last_words(self.run_folder / LOG), "settings": self.settings})
+                write_reports(self.run_folder, found)
             elif code != 0 or len(found) <= self.reported:
                 raise RuntimeError(f"{self.run_folder}: ended with exit code {code}; {LOG} there says why")
-            found[-1] |= json.loads((self.run_folder / ORIGIN).read_text())
-            write_reports(self.run_folder, found)
         report = found[self.reported]
         self.reported += 1
         if sweep.search == "pbt" and "failed" not in report:

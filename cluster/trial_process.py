@@ -23,7 +23,18 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from cluster.sweep_files import CONFIG, LOG, STARTS, STOP, held, read_reports, read_sweep, trial_folder, write_reports
+from cluster.sweep_files import (
+    CONFIG,
+    LOG,
+    ORIGIN,
+    STARTS,
+    STOP,
+    held,
+    read_reports,
+    read_sweep,
+    trial_folder,
+    write_reports,
+)
 from cluster.sweep_space import SweepConfig
 from spire_dist.config import RunConfig, load_config
 from spire_dist.data.store import ParticleStore
@@ -79,6 +90,7 @@ def report(out: Path, number: int, share: float) -> None:
         "train_s": round(trained_s, 2),
         "look_s": round(time.monotonic() - began, 2),
         "time": round(time.time(), 2),
+        **json.loads((run / ORIGIN).read_text()),
     }
     write_reports(run, [*read_reports(run), done])
 

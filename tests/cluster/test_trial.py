@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.sweep_files import CONFIG, STARTS, STOP, VIEW, read_lines, read_reports, trial_folder, write_sweep
+from cluster.sweep_files import CONFIG, ORIGIN, STARTS, STOP, VIEW, read_lines, read_reports, trial_folder, write_sweep
 from cluster.sweep_space import Space, load_space
 from cluster.trial_process import report, steps_of
 from spire_dist.config import dump_config, load_config
@@ -42,6 +42,7 @@ def begin(out: Path, base: Path, sweep: dict[str, Any]) -> Space:
     if space.sweep.metric == "loss":
         training_view(ParticleStore.open(space.base.data.store), out / VIEW, KEPT)
     trial_folder(out, 0).mkdir()
+    (trial_folder(out, 0) / ORIGIN).write_text('{"settings": {"latent.weight": 0.1}}')
     (trial_folder(out, 0) / CONFIG).write_text(dump_config(space.trial_config(out, {"latent.weight": 0.1})))
     return space
 
@@ -64,6 +65,7 @@ def test_a_trial_that_stops_for_reports_ends_in_the_bits_of_one_that_does_not(tm
     np.testing.assert_array_equal(np.load(run / "latents.npy"), np.load(tmp_path / "whole" / "latents.npy"))
     reports = read_reports(run)
     assert [r["share"] for r in reports] == [0.3, 0.8, 1.0]
+    assert reports[-1]["settings"] == {"latent.weight": 0.1}
     assert reports[-1]["loss"] < reports[0]["loss"]
     assert json.loads((run / "STATUS.json").read_text())["state"] == "complete"
 
