@@ -170,13 +170,14 @@ def _leave_it_to_others(jobs: Path, stops: Stops) -> None:
 def _decide(run: Path, ending: Ending, requeues: int, config: Path) -> int:
     """Queue the job again, or say why not; returns the exit code."""
     jobs, job = run / "jobs", os.environ["SLURM_JOB_ID"]
-    if not ending.again:
+    ours = ending.code == 0 or still_ours(job)
+    if ours and not ending.again:
         note(jobs, "ended", code=ending.code, why=ending.why, then="done" if ending.code == 0 else "not queued again")
         return ending.code
     saved = (run / "latest").read_text().strip() if (run / "latest").exists() else ""
     told = {"code": ending.code, "why": ending.why, "saved": saved}
     lives = [record for record in read_lives(run) if record["job"] == job and record["event"] == "ended"]
-    if not still_ours(job):
+    if not ours:
         note(jobs, "ended", **told, then="Slurm has ended or requeued the job itself")
         return ending.code
     refused = _refused(ending, lives, requeues, saved)
