@@ -7,7 +7,9 @@ import pytest
 
 from tests.cluster.lab import wait_until
 from tests.cluster.training_job import (
+    TAKEN_AWAY,
     has_ended_like,
+    lives,
     log,
     node_of,
     queue_training,
@@ -88,6 +90,7 @@ def test_a_rank_that_wakes_on_a_cut_off_node_saves_nothing_once_the_job_runs_els
     orphan.resume()
     wait_until(lambda: not orphan.is_running())
     assert "a newer life of this job" in log(run, job)
+    wait_until(lambda: [life["then"] for life in lives(run) if life["restart"] == 0] == [TAKEN_AWAY])
     has_ended_like(lab, job, run, alone, restarts=1)
     lab.mend(name)
     lab.wait_for_nodes()

@@ -12,6 +12,7 @@ import pytest
 from cluster.status import read_states
 from tests.cluster.lab import slurm_lab, wait_until
 from tests.cluster.training_job import (
+    TAKEN_AWAY,
     has_ended_like,
     lives,
     log,
@@ -136,7 +137,7 @@ def test_a_mistake_in_the_settings_ends_the_job_with_2_and_it_is_not_queued_agai
 
 def test_a_job_comes_back_only_as_often_as_the_settings_allow(slurm, config, tmp_path):
     run, left = tmp_path / "run", (0, 0)
-    job = queue_training(slurm, config, run, train=("--set", "job.requeues=1"))
+    job = queue_training(slurm, config, run, "--nodes=1", train=("--set", "job.requeues=1"))
     for life in (0, 1):
         slurm.wait(job, "RUNNING", restarts=life)
         left = wait_for_progress(slurm, job, run, left)
@@ -157,14 +158,14 @@ def test_a_cancelled_job_saves_and_stays_away(slurm, config, tmp_path):
     wait_until(lambda: not slurm.processes(word=str(run)))
     assert status(run)["state"] == "stopped"
     assert slurm.wait(job, "CANCELLED", "PENDING", "FAILED")["JobState"] == "CANCELLED"
-    assert [life["then"] for life in lives(run)] == ["Slurm has ended or requeued the job itself"]
+    assert [life["then"] for life in lives(run)] == [TAKEN_AWAY]
 
 
 def test_where_ranks_cannot_ask_slurm_the_log_says_how_to_go_on(slurm, config, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setenv("PATH", without_scontrol(tmp_path / "bin"))
-        job = queue_training(slurm, config, run)
+        job = queue_training(slurm, config, run, "--nodes=1")
     wait_for_progress(slurm, job, run)
     slurm.scancel("--signal=USR2", job)
     shown = slurm.wait(job, "FAILED", "COMPLETED")
@@ -174,16 +175,25 @@ def test_where_ranks_cannot_ask_slurm_the_log_says_how_to_go_on(slurm, config, t
 
 
 def test_where_a_site_requeues_exit_code_75_a_job_comes_back_once_for_each_stop(
-    config, alone, tmp_path, slurm_installed, monkeypatch
+    slurm_installed, config, tmp_path, monkeypatch
 ):
-    run = tmp_path / "run"
+    runs = {"asked for": tmp_path / "asked", "not asked for": tmp_path / "not"}
     with slurm_lab(2, more="RequeueExit=75") as lab:
+        jobs = {"asked for": queue_training(lab, config, runs["asked for"], "--nodes=1")}
         with monkeypatch.context() as patch:
             patch.setenv("PATH", without_scontrol(tmp_path / "bin"))
-            job = queue_training(lab, config, run)
-        wait_for_progress(lab, job, run)
-        lab.scancel("--signal=USR2", job)
-        has_ended_like(lab, job, run, alone, restarts=1)
+            jobs["not asked for"] = queue_training(lab, config, runs["not asked for"], "--nodes=1")
+        left = {}
+        for how, job in jobs.items():
+            wait_for_progress(lab, job, runs[how])
+            lab.scancel("--signal=USR2", job)
+            wait_until(lambda run=runs[how]: status(run)["state"] == "stopped")
+            left[how] = saved(runs[how])
+        for how, job in jobs.items():
+            lab.wait(job, "RUNNING", restarts=1)
+            wait_for_progress(lab, job, runs[how], left[how])
+            assert starts(runs[how], job) == [left[how]]
+            assert lab.show(job)["Restarts"] == "1"
 
 
 def without_scontrol(folder: Path) -> str:

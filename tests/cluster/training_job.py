@@ -21,6 +21,9 @@ LONGER = ["stage1.epochs=25", "stage2.epochs=20", "output.save_seconds=0.3", "ou
           "output.report=false", "parallel.timeout_s=30"]  # fmt: skip
 """So long that each life of a job can be met at work."""
 
+TAKEN_AWAY = "Slurm has ended or requeued the job itself"
+"""What a life of a job leaves in `jobs/lives.jsonl` where there was nothing left for it to decide."""
+
 Reached = tuple[int, int]
 """(stage, step)."""
 
@@ -98,10 +101,10 @@ def lives(run: Path, event: str = "ended") -> list[dict[str, Any]]:
 
 
 def log(run: Path, job: str) -> str:
-    """The last lines of all ranks, for the message of a test that failed, or to look for a line."""
+    """What all ranks have said, but for the lines of single steps."""
     paths = [*sorted((run / "jobs").glob(f"{job}_*_log.out")), run.with_name(f"{run.name}.log")]
-    texts = [(path.name, path.read_text()) for path in paths if path.exists()]
-    return "\n".join("\n".join([f"-- {name}", *text.splitlines()[-15:]]) for name, text in texts)
+    lines = [(path.name, path.read_text().splitlines()) for path in paths if path.exists()]
+    return "\n".join(f"{name}: {line}" for name, said in lines for line in said if not line.startswith("stage "))
 
 
 def training(lab: Lab, job: str) -> dict[int, psutil.Process]:
