@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +77,20 @@ def ray_nodes() -> Iterator[Any]:
 
 
 @pytest.fixture
-def nodes(ray_nodes) -> Iterator[list[Node]]:
-    """Two more nodes of one core."""
-    begun = []
-    for number in (2, 3):
-        address = f"127.0.0.{number}"
+def nodes(ray_nodes) -> list[Node]:
+    """Two more nodes of one core, those that an earlier test left alive among them."""
+    for node in list(ALIVE):
+        if not node.raylet.is_running() or node.raylet.status() == psutil.STATUS_ZOMBIE:
+            ALIVE.remove(node)
+    while len(ALIVE) < 2:
+        address = f"127.0.0.{next(NUMBERS)}"
         started = ray_nodes.add_node(num_cpus=1, include_dashboard=False, node_ip_address=address)
-        begun.append((started, Node(address, psutil.Process(started.all_processes["raylet"][0].process.pid))))
-    yield [node for _, node in begun]
-    for started, node in begun:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            node.kill()
-        ray_nodes.remove_node(started, allow_graceful=False)
+        ALIVE.append(Node(address, psutil.Process(started.all_processes["raylet"][0].process.pid)))
+    return list(ALIVE)
+
+
+ALIVE: list[Node] = []
+NUMBERS = count(2)
 
 
 def at(cluster: Any, node: Node) -> list[str]:
@@ -204,7 +207,7 @@ class Training:
         return self.process.returncode, told
 
 
-STEPS = 640
+STEPS = 320
 """Of the first stage: each epoch of eight is one block of the loader."""
 RESULTS = ("latents.npy", "parts.npy", "stage1/latents.npy", "stage1/parts.npy")
 
