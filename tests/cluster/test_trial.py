@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.sweep_files import CONFIG, ORIGIN, STARTS, STOP, VIEW, read_lines, read_reports, trial_folder, write_sweep
+from cluster.sweep_files import (
+    CONFIG,
+    ORIGIN,
+    STARTS,
+    STOP,
+    VIEW,
+    read_lines,
+    read_reports,
+    trial_folder,
+    write_reports,
+    write_sweep,
+)
 from cluster.sweep_space import Space, load_space
 from cluster.trial_process import report, steps_of
 from spire_dist.config import dump_config, load_config
@@ -120,11 +131,37 @@ def test_a_trial_saves_and_leaves_when_the_sweep_is_to_stop(tmp_path, base):
     assert len(read_lines(run / STARTS)) == 1
 
 
+def actor(out: Path) -> Any:
+    """Ray's side of trial 0, in this process."""
+    pytest.importorskip("ray", reason="needs the extra [ray]")
+    from cluster.trial import Trial
+
+    code = str(Path(__file__).parents[2])
+    of_one = type("OfOne", (Trial,), {"trial_id": "sweep_00000"})  # which Ray would have told it
+    return of_one({"out": str(out), "settings": {"latent.weight": 0.1}, "code": code})
+
+
 @pytest.mark.slow
-def test_settings_that_make_the_loss_no_number_end_with_a_users_mistake(tmp_path, base):
+def test_settings_that_make_the_loss_no_number_end_the_trial_and_not_the_sweep(tmp_path, base):
     config = tmp_path / "base.toml"
     config.write_text(base.read_text().replace("centres_px = 0.05", "centres_px = 1e38"))
     out = tmp_path / "out"
-    begin(out, config, {})
-    assert process(out, 1.0).wait(240) == 2
-    assert "the loss is not finite" in (trial_folder(out, 0) / "train.log").read_text()
+    begin(out, config, {"search": "random"})
+    result = actor(out).step()
+    assert result["done"]
+    assert result["loss"] == float("inf")
+    [told] = read_reports(trial_folder(out, 0))
+    assert "the loss is not finite" in told["failed"]
+    assert actor(out).step()["done"]  # and is not tried again
+    assert len(read_lines(trial_folder(out, 0) / STARTS)) == 1
+
+
+def test_no_trial_begins_once_the_budget_is_used_up(tmp_path, base):
+    out = tmp_path / "out"
+    begin(out, base, {"budget": 1.5})
+    for number, share in ((1, 1.0), (2, 0.5)):
+        trial_folder(out, number).mkdir()
+        write_reports(trial_folder(out, number), [{"share": 0.25, "loss": 2.0}, {"share": share, "loss": 1.0}])
+    result = actor(out).step()
+    assert (result["permille"], result["done"]) == (0, True)
+    assert not (trial_folder(out, 0) / STARTS).exists()
