@@ -1,7 +1,7 @@
 """`data.loader = "ray"`: the blocks of training (`spire_dist.data.blocks`), read by actors of a Ray cluster.
 
 Every node has one pool of readers, named after the run, which all ranks of the node find and share. A block is read, and
-decompressed where it is compressed, once for all of them, and each rank maps its own part of it out of Ray's object store.
+decompressed where it is compressed, once for all of them, and each rank copies its own part of it from Ray's object store.
 What is read is known by the numbers of block and rank alone, so a reader that was killed is replaced by any other, and no
 particle is lost or seen twice. Where Ray dies on the node, all of it, each rank goes on reading by itself. Called by
 `spire-dist train`; `spire_dist` itself never imports Ray.
