@@ -91,7 +91,6 @@ class Lab:
     """Of walled nodes."""
     nodes: dict[str, subprocess.Popen] = field(default_factory=dict)
     """slurmd of each; of a walled node the process that ends with all of the node's."""
-    ports: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.conf = self.folder / "slurm.conf"
