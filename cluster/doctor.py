@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.doctor_here import examine_here, read_config
+from cluster.doctor_here import examine_here, nodes_of_job, read_config
 from cluster.doctor_places import ports
 from cluster.doctor_tools import Check
 
@@ -30,7 +30,7 @@ def examine(config: Path | None = None, run: Path | None = None) -> list[Check]:
 
         return examine_together(config, run)
     settings, wrong = read_config(config)
-    nodes = max(int(os.environ.get("SLURM_JOB_NUM_NODES", 1)), settings.job.nodes if settings else 1)
+    nodes = max(nodes_of_job(), settings.job.nodes if settings else 1)
     found = examine_here(settings, run or Path("run"), nodes) + ports(os.environ) + wrong
     if tasks > 1:
         fix = "srun spire-dist doctor"

@@ -61,6 +61,19 @@ def met(world: int, nodes: Mapping[int, str], answered: set[int], where: str) ->
     return Check("meeting", "OK", f"{world} ranks on {_listed(nodes.values())} met at {where}")
 
 
+def settled(checks: Sequence[Check]) -> list[Check]:
+    """The same, in which a doubt about names is none any more where ranks have met and made a sum all the same."""
+    good = {check.name for check in checks if check.level == "OK"}
+    if not {"meeting", "all-reduce (gloo)"} <= good:
+        return list(checks)
+    return [
+        Check(check.name, "OK", f"{check.found}; ranks meet all the same")
+        if check.name in ("own address", "node names") and check.level == "WARN"
+        else check
+        for check in checks
+    ]
+
+
 def same_versions(nodes: Mapping[int, str], reports: Mapping[int, Mapping[str, Any]]) -> Check:
     """Whether Python, packages and code are those of the first rank everywhere."""
     first = reports.get(0, {}).get("versions", {})

@@ -23,6 +23,11 @@ def read_config(path: Path | None) -> tuple[RunConfig | None, list[Check]]:
         return None, [Check("configuration", "MISS", str(error), "mend the file; docs/config.md lists all settings")]
 
 
+def nodes_of_job() -> int:
+    """Nodes of the Slurm job this process is in, else 1."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+
+
 def examine_here(
     config: RunConfig | None, run: Path, nodes: int | None, facts: dict[str, Any] | None = None
 ) -> list[Check]:
@@ -45,7 +50,7 @@ def examine_here(
         "own packages": doctor_machine.own_packages,
         "GPUs": graphics,
         "file system": lambda: doctor_places.file_system(run, nodes),
-        "own name": lambda: doctor_places.names(os.environ, nodes),
+        "own name": lambda: doctor_places.names(os.environ, nodes or nodes_of_job()),
         "Slurm": lambda: doctor_slurm.slurm(os.environ, config.job if config else None),
     }
     if config is not None:

@@ -204,16 +204,14 @@ def names(environment: Mapping[str, str], nodes: int) -> list[Check]:
         return [Check("own name", "WARN" if nodes == 1 else "MISS", f"{own} does not resolve ({error})", fix)]
     with suppress(OSError, TimeoutError):
         seconds = max(seconds, _reverse_s(address))
-    slow = seconds > SLOW_NAME_S
-    chosen = environment.get("GLOO_SOCKET_IFNAME")
-    found = f"{own} is {address}" + (f", found in {seconds:.1f} s" if slow else "")
+    found = f"{own} is {address}" + (f", after {seconds:.1f} s" if seconds > SLOW_NAME_S else "")
     fix = "the site: nodes into /etc/hosts, or `options timeout:1 attempts:1` in /etc/resolv.conf"
+    checks = [verdict(seconds <= SLOW_NAME_S, "own name", found, fix)]
+    chosen = environment.get("GLOO_SOCKET_IFNAME")
     if address.startswith("127.") and nodes > 1 and not chosen:
-        found += ", which other nodes cannot reach"
         name = _interface()
         fix = f"export GLOO_SOCKET_IFNAME={name} NCCL_SOCKET_IFNAME={name} before srun"
-        slow = True
-    checks = [verdict(not slow, "own name", found, fix)]
+        checks.append(Check("own address", "WARN", f"{address}, which other nodes cannot reach", fix))
     if chosen and chosen.lstrip("=^").split(",")[0] not in psutil.net_if_addrs():
         there = ", ".join(psutil.net_if_addrs())
         checks.append(

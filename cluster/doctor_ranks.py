@@ -54,7 +54,7 @@ class Meeting:
             patience = timedelta(seconds=MEET_S)
             return TCPStore(address, port, place.world, place.rank == 0, patience, wait_for_workers=False)
 
-        self._store, _ = within(MEET_S + 10, meet)
+        self._store, _ = within(1.5 * MEET_S, meet)  # what keeps the port may take a caller and never answer
         self._rank = place.rank
 
     def tell(self, topic: str, what: object) -> None:
@@ -95,12 +95,12 @@ def examine_together(config: Path | None, run: Path | None) -> list[Check]:
         return _nobody_met(place, where, error, free + examine_here(settings, run, None) + wrong)
     meeting.tell("hello", place.node)
     if rank > 0:
-        present = meeting.heard("present", [0], MEET_S + 10).get(0)
+        present = meeting.heard("present", [0], 1.5 * MEET_S).get(0)
         if present is None:
             return [_unreached(place, where, "it went away")]
         _take_part(meeting, place, settings, run, dict(present), complete=len(present) == world)
-        meeting.tell("bye", True)
         meeting.heard("done", [0], LOCAL_S)
+        meeting.tell("bye", True)
         return []
     nodes = meeting.heard("hello", range(world), MEET_S)
     meeting.tell("present", sorted(nodes.items()))
@@ -234,7 +234,7 @@ def _all_findings(meeting: Meeting, place: Place, nodes: dict[int, str], where: 
     reports = meeting.heard("report", nodes, 5)
     leaders = _leaders(nodes)
     saw, ahead = meeting.heard("saw", leaders[1:] and leaders, 5), meeting.heard("ahead", leaders[1:], 5)
-    return [
+    checks = [
         *compare.merge([(nodes[rank], [Check(**one) for one in found]) for rank, found in said.items()]),
         compare.met(place.world, nodes, set(reports), where),
         compare.same_versions(nodes, reports),
@@ -243,3 +243,4 @@ def _all_findings(meeting: Meeting, place: Place, nodes: dict[int, str], where: 
         *(compare.seen(nodes, saw) if len(leaders) > 1 else []),
         *(compare.same_time(nodes, ahead) if len(leaders) > 1 else []),
     ]
+    return compare.settled(checks)

@@ -171,4 +171,5 @@ def when_a_node_is_lost(settings: Mapping[str, str]) -> Check:
     seconds = seconds_of(settings.get("SlurmdTimeout", "300"))
     if seconds == 0:
         return Check("node loss", "WARN", "never noticed (SlurmdTimeout 0)", "ask the site for SlurmdTimeout=300")
-    return Check("node loss", "OK", f"noticed within about {seconds} s (SlurmdTimeout), then the job is queued again")
+    found = f"noticed within about {seconds} s (SlurmdTimeout), then the job is queued again (--requeue)"
+    return Check("node loss", "OK", found)
