@@ -104,7 +104,7 @@ def test_a_job_that_gives_way_to_a_higher_one_saves_within_the_grace_and_comes_b
 def test_a_job_at_its_time_limit_saves_and_goes_on(slurm, config, alone, tmp_path):
     """Slurm looks every 30 s, so steps have to be slow: the ranks stand still until its notice comes."""
     run = tmp_path / "run"
-    job = queue_training(slurm, config, run, "--time=1", "--signal=USR2@5")
+    job = queue_training(slurm, config, run, "--time=1", "--signal=USR2@5", train=("--set", "parallel.timeout_s=300"))
     wait_for_progress(slurm, job, run)
     ranks = training(slurm, job).values()
     for rank in ranks:
