@@ -189,7 +189,7 @@ def _decide(run: Path, ending: Ending, requeues: int, config: Path) -> int:
     if not refused:
         note(jobs, "ended", **told, then="requeued")  # first: what follows may end this process
         asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        if asked.returncode == 0:
+        if asked.returncode <= 0:  # below: ended by the very requeue, which signals all processes of the job
             _say(f"{ending.why}; job {job} is queued again")
             return Stopped.exit_code
         refused = f"Slurm refuses: {' '.join(asked.stderr.split())}"
