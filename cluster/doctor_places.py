@@ -217,7 +217,7 @@ def names(environment: Mapping[str, str], nodes: int) -> list[Check]:
         checks.append(
             Check("interface", "MISS", f"GLOO_SOCKET_IFNAME={chosen} is not one of {there}", "name one of them")
         )
-    return checks + _names_of_nodes(environment)
+    return checks + (_names_of_nodes(environment) if nodes > 1 else [])
 
 
 def _names_of_nodes(environment: Mapping[str, str]) -> list[Check]:
@@ -237,7 +237,7 @@ def _names_of_nodes(environment: Mapping[str, str]) -> list[Check]:
                 break
     fix = "the site: nodes into DNS or /etc/hosts; meanwhile export MASTER_ADDR=<address of the first node> before srun"
     if lost:
-        return [Check("node names", "WARN", f"{', '.join(lost)} do not resolve here", fix)]
+        return [Check("node names", "WARN", f"not found here: {', '.join(lost)}", fix)]
     return [verdict(slowest <= SLOW_NAME_S, "node names", f"{listed} resolve, in at most {slowest:.1f} s", fix)]
 
 
