@@ -74,10 +74,10 @@ class Meeting:
 
 def examine_together(config: Path | None, run: Path | None) -> list[Check]:
     """Findings of all ranks of this step, on the first; on others nothing, or why the first cannot be reached."""
-    from cluster.entry import _choose_meeting_place
+    from cluster.entry import choose_meeting_place
 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    _choose_meeting_place()
+    choose_meeting_place()
     from spire_dist.distributed.mesh import launch_variables
 
     launched = launch_variables(os.environ)

@@ -99,7 +99,7 @@ def run_rank(config: Path, run: Path, options: Sequence[str] = ()) -> int:
                 _begin(jobs)
             else:
                 _wait_to_see(jobs)
-            _choose_meeting_place()
+            choose_meeting_place()
         except SpireError as error:
             print(f"spire-dist: {error}", file=sys.stderr, flush=True)
             return error.exit_code if _decides(jobs, first) else 0
@@ -235,7 +235,7 @@ def _wait_to_see(jobs: Path) -> None:
         time.sleep(POLL_S)
 
 
-def _choose_meeting_place() -> None:
+def choose_meeting_place() -> None:
     """Name the first rank's node to all: by its own name where that means something here, else by srun's address."""
     name = first_node(os.environ.get("SLURM_STEP_NODELIST", "localhost"))
     try:

@@ -20,7 +20,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cluster import run_charts, status
 from cluster.alarms import duration
-from cluster.painter import Painter, Pictures
+from cluster.drawn import Pictures
+from cluster.painter import Painter
 from cluster.prometheus import metrics_text
 from cluster.run_files import thinned
 from cluster.run_states import RunState, find_runs, read_curves, read_states

@@ -10,47 +10,15 @@ import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from cluster.drawn import Pictures
 from spire_dist.errors import SpireError
 
 PATIENCE_S = 300.0
 """After which a picture is given up."""
-
-
-@dataclass(frozen=True)
-class MapRow:
-    """Central sections of one map across z, y and x, side by side."""
-
-    name: str
-    png: bytes
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What a checkpoint shows."""
-
-    checkpoint: str
-    """Its folder's name."""
-    stage: int
-    step: int
-    saved: float
-    """When, epoch seconds."""
-    scatter: bytes | None
-    """PNG of the latents along their first two principal axes; None where a latent is one number."""
-    share: tuple[float, ...]
-    """Of the variance, along those axes."""
-    particles: int
-    shown: int
-    """Particles in the scatter."""
-    labels: int | None
-    """True states, by which points are coloured; None: by density."""
-    maps: tuple[MapRow, ...]
-    side_a: float
-    """Side of a section in Å."""
 
 
 class Painter:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from cluster.painter import MapRow, Pictures
+from cluster.drawn import MapRow, Pictures
 from spire_dist.config import RunConfig, load_config
 from spire_dist.data.loader import BatchSource
 from spire_dist.data.store import ParticleStore

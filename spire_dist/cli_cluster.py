@@ -73,7 +73,8 @@ def doctor(
     from cluster import doctor as module
 
     checks = module.examine(config, run)
-    print(module.as_json(checks) if as_json else module.table(checks))
+    if checks:  # else another task of the job tells it for all
+        print(module.as_json(checks) if as_json else module.table(checks))
     if any(check.level == "MISS" for check in checks):
         raise typer.Exit(2)
 

@@ -98,6 +98,8 @@ def init_distributed(gauss: int, device: str, timeout_s: float, groups: bool = F
     if world % gauss:
         raise ConfigError(f"parallel.gauss = {gauss}: does not divide the {world} rank(s) of this run")
     if device == "cuda":
+        if torch.cuda.device_count() == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
+            local_rank = 0  # Slurm shows each task its own one only
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"rank {rank}: number {local_rank} of its machine, which has {torch.cuda.device_count()} GPU(s); start one "
