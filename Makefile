@@ -14,12 +14,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ranks lint clean
+.PHONY: help demo test test-ranks test-cluster lint clean
 
 help:
 	@echo "make demo    simulate a moving molecule, reconstruct it, compare with the truth: demo/run/report.html"
 	@echo "make test    ruff, pyright and pytest, one summary at the end (PYTEST_ARGS=... goes to pytest)"
 	@echo "make test-ranks   the tests that train on several processes, kill and restart them (CI runs them too)"
+	@echo "make test-cluster the tests on a real Slurm, Ray and browser, which it installs where it may (CI runs them too)"
 	@echo "make lint    ruff and pyright only"
 	@echo "make clean   remove what the other targets made, .venv included"
 
@@ -55,7 +56,9 @@ demo: $(VENV)/installed-for-use
 # ---- checks: all of them run, then one line says which failed
 
 LINT := "ruff check ." "ruff format --check ." "pyright"
-PYTEST := "pytest -m 'not ranks' $(PYTEST_ARGS)"
+PYTEST := "pytest -m 'not ranks' --ignore=tests/cluster $(PYTEST_ARGS)"
+# Two files at a time: most of their time they wait for servers.
+PYTEST_CLUSTER := "pytest tests/cluster --numprocesses 2 --dist loadfile $(PYTEST_ARGS)"
 PYTEST_RANKS := "pytest -m ranks $(PYTEST_ARGS)"
 run_checks = failed=; for check in $(1); do echo "== $$check"; eval "$$check" || failed="$$failed [$$check]"; done; \
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; fi; echo "all checks passed"
@@ -65,6 +68,9 @@ test: $(VENV)/installed-for-test
 
 test-ranks: $(VENV)/installed-for-test
 	@$(call run_checks,$(PYTEST_RANKS))
+
+test-cluster: $(VENV)/installed-for-test
+	@$(call run_checks,$(PYTEST_CLUSTER))
 
 lint: $(VENV)/installed-for-test
 	@$(call run_checks,$(LINT))

@@ -1,6 +1,7 @@
 """Submission without Slurm: real jobs through submitit's local executor, the batch file through stand-in commands."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,16 @@ from cluster.submit import Job, job_parameters, queue, submit
 from spire_dist.errors import ConfigError, RunError
 
 pytest.importorskip("submitit", reason="needs the extra [slurm]")
+
+JOB = """
+[job]
+nodes = 3
+tasks_per_node = 2
+memory_gib = 48
+partition = "gpu"
+sbatch = { account = "lab", contiguous = false }
+setup = ["module load cuda"]
+"""
 
 SMALL = {"time_min": 10, "gpus": 0, "cpus": 1, "memory_gib": 1.0, "partition": None}
 
@@ -128,25 +139,19 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_batch_file_asks_slurm_for_what_was_said(tmp_path: Path, slurm_commands: Path, config: Path):
-    job = submit(
-        config,
-        tmp_path / "run",
-        partition="gpu",
-        time_min=90,
-        gpus=2,
-        cpus=16,
-        memory_gib=48,
-        sbatch=["account=lab", "--exclusive", "cpus-per-task=12"],
-    )
+def test_batch_file_asks_slurm_for_what_the_configuration_says(tmp_path: Path, slurm_commands: Path, config: Path):
+    config.write_text(config.read_text() + JOB)
+    job = submit(config, tmp_path / "run", settings=["job.time_min=90"], sbatch=["--exclusive", "cpus-per-task=12"])
     assert job == "4711"
+    noted = json.loads((tmp_path / "run" / "jobs" / "job.json").read_text())
+    assert (noted["id"], noted["cluster"]) == ("4711", "slurm")
     lines = (tmp_path / "batch.sh").read_text().splitlines()
     for wanted in (
         "#SBATCH --job-name=spire-run",
         "#SBATCH --partition=gpu",
         "#SBATCH --time=90",
-        "#SBATCH --nodes=1",
-        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --nodes=3",
+        "#SBATCH --ntasks-per-node=2",
         "#SBATCH --gpus-per-node=2",
         "#SBATCH --cpus-per-task=12",
         "#SBATCH --mem=48GB",
@@ -155,17 +160,20 @@ def test_batch_file_asks_slurm_for_what_was_said(tmp_path: Path, slurm_commands:
         "#SBATCH --open-mode=append",
         "#SBATCH --account=lab",
         "#SBATCH --exclusive",
+        "module load cuda",
         f"#SBATCH --output={tmp_path}/run/jobs/%j_0_log.out",
     ):
         assert lines.count(wanted) == 1, f"{wanted} in\n" + "\n".join(lines)
     assert sum("--cpus-per-task" in line for line in lines) == 1
+    assert not any("contiguous" in line for line in lines)
     command = lines[lines.index("# command") + 2]
     assert command.startswith("srun --unbuffered")
+    assert "--kill-on-bad-exit=1" in command
     assert f"{sys.executable} -u -m submitit.core._submit" in command
 
 
 def test_no_gpus_asks_for_none(tmp_path: Path, slurm_commands: Path, config: Path):
-    submit(config, tmp_path / "run", gpus=0, sbatch=["gres=gpu:1"])
+    submit(config, tmp_path / "run", settings=["job.gpus_per_task=0"], sbatch=["gres=gpu:1"])
     text = (tmp_path / "batch.sh").read_text()
     assert "--gpus-per-node" not in text
     assert "#SBATCH --gres=gpu:1" in text
@@ -174,7 +182,7 @@ def test_no_gpus_asks_for_none(tmp_path: Path, slurm_commands: Path, config: Pat
 def test_refusal_by_slurm_is_one_line_and_leaves_nothing(tmp_path: Path, slurm_commands: Path, config: Path):
     write_command(slurm_commands / "sbatch", 'echo "sbatch: error: invalid partition specified: nope" >&2; exit 1')
     with pytest.raises(RunError) as caught:
-        submit(config, tmp_path / "run", partition="nope")
+        submit(config, tmp_path / "run", settings=["job.partition=nope"])
     assert str(caught.value) == "sbatch refused the job: sbatch: error: invalid partition specified: nope"
     assert not (tmp_path / "run").exists()
 
@@ -199,7 +207,6 @@ def test_no_slurm_here_names_the_way_out(tmp_path: Path, config: Path, monkeypat
     ("change", "message"),
     [
         ({"time_min": 0}, "--time-min 0: must be above 0"),
-        ({"gpus": -1}, "--gpus -1: must be 0 or more"),
         ({"sbatch": ["account="]}, "--sbatch 'account='"),
         ({"sbatch": ["=lab"]}, "--sbatch '=lab'"),
     ],
