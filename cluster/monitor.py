@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from urllib.parse import parse_qs, quote, urlsplit
 
-from cluster.monitor_pages import Pages, Reply, problem
+from cluster.monitor_pages import ASSETS, Pages, Reply, problem
 from cluster.prometheus import write_metrics
 from spire_dist.errors import ConfigError, RunError
 
@@ -148,7 +148,7 @@ class Gate:
         """What the cookie holds: proof of the token, which it cannot be made back into."""
         return hashlib.sha256(f"spire {self.token}".encode()).hexdigest()
 
-    def refusal(self, headers: Mapping[str, str], query: Mapping[str, str]) -> Reply | None:
+    def refusal(self, path: str, headers: Mapping[str, str], query: Mapping[str, str]) -> Reply | None:
         """Why a request is not answered; None if it is."""
         if self.token is None:
             name = _host_name(headers.get("Host", ""))
@@ -157,6 +157,8 @@ class Gate:
                     403, f"This page is for http://localhost only, and was asked for as {name or 'nothing'}."
                 )
             return None
+        if path.removeprefix("/") in ASSETS:
+            return None  # the page that asks for the token is drawn with them too
         if "token" in query:
             good = _same(query["token"], self.token)
         elif "Authorization" in headers:
@@ -224,8 +226,9 @@ class Handler(BaseHTTPRequestHandler):
         headers: Mapping[str, str] = self.headers  # type: ignore[assignment]
         gate = self.server.gate
         try:
-            reply = gate.refusal(headers, query)
-            more = {} if reply else gate.remembered(query)
+            reply = gate.refusal(split.path, headers, query)
+            known = reply is None and split.path.removeprefix("/") not in ASSETS
+            more = gate.remembered(query) if known else {}
             self._send(reply or self.server.pages.reply(split.path, query), more)
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
             self.close_connection = True
