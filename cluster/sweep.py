@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ CRASHES = 2
 """How often Ray starts a trial again, perhaps elsewhere, whose processes crash."""
 SAVE_S = 150.0
 """How long trials may take to save when the sweep is stopped."""
+POLL_S = 0.2
 SNAPSHOT_S = 2
 """Seconds between Ray's records of which trials there are."""
 
@@ -187,23 +189,34 @@ def _stopping_all(out: Path) -> Iterator[list[signal.Signals]]:
             (out / STOP).touch()
             print("stopping: the trials that run save", file=sys.stderr, flush=True)
             asked.append(signal.Signals(number))
-            signal.raise_signal(
-                signal.SIGUSR1
-            )  # which Ray takes as a wish to end the loop, and keep what is unfinished
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     previous = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until Ray's loop has begun
+    over = threading.Event()
+    ending = threading.Thread(target=_end_when_saved, args=(out, asked, over), daemon=True)
+    ending.start()
     try:
         yield asked
     finally:
+        over.set()
+        ending.join()
         for number, handler in (before | {signal.SIGUSR1: previous}).items():
             signal.signal(number, handler)
 
 
-def _end_when_saved(out: Path) -> None:
-    """Once no trial holds its run directory any more, end Ray's loop, which keeps what is unfinished."""
+def _end_when_saved(out: Path, asked: list[signal.Signals], over: threading.Event) -> None:
+    """Once a stop is asked for and no trial holds its run directory any more, end Ray's loop, which kills what still runs.
+
+    It takes SIGUSR1 as a wish to end and to keep what is unfinished, and hears it only once it has begun: hence repeated.
+    """
+    while not asked:
+        if over.wait(POLL_S):
+            return
     until = time.monotonic() + SAVE_S
     while time.monotonic() < until and any(held(run) for run in (out / "trials").iterdir()):
-        time.sleep(0.2)
-    os.kill(os.getpid(), signal.SIGUSR1)
+        if over.wait(POLL_S):
+            return
+    while not over.is_set():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        over.wait(POLL_S)

@@ -1,6 +1,7 @@
 """Sweeps on a real Ray: killed and gone on with, better than chance, a population, and what comes out."""
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -16,10 +17,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from cluster.sweep import sweep
-from cluster.sweep_files import STARTS, read_lines, read_reports, trial_folder
+from cluster.sweep import _stopping_all, sweep
+from cluster.sweep_files import STARTS, STOP, read_lines, read_reports, trial_folder
 from cluster.sweep_space import load_space
 from spire_dist.config import dump_config, load_config
+from spire_dist.distributed.holder import LOCK
 from spire_dist.errors import ConfigError
 from spire_dist.training.train import train
 
@@ -185,6 +187,29 @@ def test_a_population_exchanges_states_also_across_a_stop(folder):
     assert ends[0]["settings"] != ends[1]["settings"] != halves[0]["settings"]
     assert load_config(run / "config.toml").stage2.rates.amplitudes == ends[0]["settings"]["stage2.rates.amplitudes"]
     assert [report["share"] for report in read_reports(run)] == [0.5, 1.0]
+
+
+def test_a_stop_ends_ray_only_when_all_trials_have_saved(tmp_path):
+    run = trial_folder(tmp_path, 0)
+    run.mkdir(parents=True)
+    ended: list[int] = []
+
+    def heard(seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while not ended and time.monotonic() < until:
+            time.sleep(0.05)
+        return bool(ended)
+
+    with _stopping_all(tmp_path) as asked, open(run / LOCK, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a trial that saves
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        assert (tmp_path / STOP).exists()
+        # As Ray's loop, which may begin after the signal came.
+        signal.signal(signal.SIGUSR1, lambda *_: ended.append(1))
+        assert not heard(1)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert heard(30)
 
 
 def test_folders_and_files_that_do_not_fit_are_refused(folder, killed, tmp_path, refusal, monkeypatch):
