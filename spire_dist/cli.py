@@ -7,6 +7,7 @@ keeps its traceback. Functions are imported inside the verbs, so that `--help` a
 import os
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -429,6 +430,21 @@ def main() -> None:
         if str(error):  # else another rank has said it
             print(f"spire-dist: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ImportError as error:
+        if stranger := _strange_cluster(error):
+            print(f"spire-dist: {stranger}: another package named cluster stands before spire_dist's; remove it, or install "
+                  "spire_dist in an environment of its own", file=sys.stderr)  # fmt: skip
+            sys.exit(SpireError.exit_code)
+        raise
+
+
+def _strange_cluster(error: ImportError) -> str | None:
+    """Where a package `cluster` is that is not ours, if this is what `error` is about."""
+    found = find_spec("cluster") if (error.name or "").split(".")[0] == "cluster" else None
+    places = [found.origin] if found and found.origin else list(found.submodule_search_locations or ()) if found else []
+    if not places or (Path(places[0]).parent / "entry.py").exists():
+        return None
+    return places[0]
 
 
 if __name__ == "__main__":

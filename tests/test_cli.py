@@ -4,7 +4,9 @@ import functools
 import json
 import pickle
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import mrcfile
 import numpy as np
@@ -363,3 +365,19 @@ def test_verbs_tell_what_is_wrong_with_a_finished_run_s_options(flow, tmp_path, 
     labels.write_bytes(pickle.dumps(np.zeros(3)))
     star = flow[0] / "truth" / "particles.star"
     mistake(["prep", star, tmp_path / "store", "--labels", labels], "labels.pkl", "3", "200")
+
+
+def test_another_package_named_cluster_is_named(tmp_path: Path):
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "__init__.py").touch()
+    # As if it stood first in the path, which a finder of editable installations may forestall.
+    program = (
+        "import sys; from importlib.util import module_from_spec, spec_from_file_location as found; "
+        f"spec = found('cluster', {str(tmp_path / 'cluster' / '__init__.py')!r}, submodule_search_locations=[]); "
+        "sys.modules['cluster'] = module_from_spec(spec); from spire_dist.cli import main; main()"
+    )
+    for verb in (["status"], ["submit", "c.toml"]):
+        result = subprocess.run([sys.executable, "-c", program, *verb], capture_output=True, text=True, check=False)
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.startswith(f"spire-dist: {tmp_path}/cluster/__init__.py: another package named cluster")
+        assert len(result.stderr.splitlines()) == 1

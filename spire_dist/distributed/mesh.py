@@ -187,12 +187,14 @@ def launch_variables(environment: Mapping[str, str]) -> dict[str, str]:
                 f"WORLD_SIZE = {environment['WORLD_SIZE']}: {', '.join(missing)} not set; start with torchrun or srun"
             )
         return {name: environment[name] for name in LAUNCH_VARIABLES}
-    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+    # An interactive step of one task has the job's number of tasks in SLURM_NTASKS.
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_ID" in environment and int(tasks) > 1:
         nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
         port = PORTS[int(environment.get("SLURM_JOB_ID", 0)) % len(PORTS)]
         return {
             "RANK": environment["SLURM_PROCID"],
-            "WORLD_SIZE": environment["SLURM_NTASKS"],
+            "WORLD_SIZE": tasks,
             "LOCAL_RANK": environment["SLURM_LOCALID"],
             "MASTER_ADDR": environment.get("MASTER_ADDR", first_node(nodes)),
             "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
