@@ -370,11 +370,11 @@ def test_verbs_tell_what_is_wrong_with_a_finished_run_s_options(flow, tmp_path, 
 def test_another_package_named_cluster_is_named(tmp_path: Path):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "__init__.py").touch()
-    # As if it stood first in the path, which a finder of editable installations may forestall.
+    # The finder of an editable installation would find our modules all the same.
     program = (
-        "import sys; from importlib.util import module_from_spec, spec_from_file_location as found; "
-        f"spec = found('cluster', {str(tmp_path / 'cluster' / '__init__.py')!r}, submodule_search_locations=[]); "
-        "sys.modules['cluster'] = module_from_spec(spec); from spire_dist.cli import main; main()"
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'ditable' not in repr(finder)]; "
+        f"sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parents[1])!r}]; "
+        "from spire_dist.cli import main; main()"
     )
     for verb in (["status"], ["submit", "c.toml"]):
         result = subprocess.run([sys.executable, "-c", program, *verb], capture_output=True, text=True, check=False)
