@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from rich.text import Text
 
 from cluster.run_states import RunState, read_state, read_states
 from cluster.status import shortened, table
 from tests.cluster.made_runs import NOW, beat, line, make_run, ranks, write, write_lines
+from tests.cluster.trained import ENDLESS, kill, training, trains, wait_for
 
 STATUS = [sys.executable, "-m", "spire_dist.cli", "status"]
 
@@ -111,51 +111,15 @@ def test_a_long_path_loses_its_beginning(text, expected):
 def live(tmp_path_factory: pytest.TempPathFactory, tiny_settings: list[str]) -> Iterator[Path]:
     """Three runs that train: `pair` of two ranks and `lone` without end, and `short`, which ends by itself."""
     folder = tmp_path_factory.mktemp("runs")
-    endless = [*tiny_settings, "stage1.epochs=100000", "output.log_seconds=1"]
-    wanted = {"pair": (endless, "2"), "lone": (endless, "1"), "short": (tiny_settings, "1")}
-    started = []
-    for name, (values, processes) in wanted.items():
-        options = [option for value in values for option in ("--set", value)]
-        command = [
-            sys.executable,
-            "-m",
-            "spire_dist.cli",
-            "train",
-            "--run",
-            folder / name,
-            "--processes",
-            processes,
-            *options,
-        ]
-        with open(folder / f"{name}.log", "w") as log:
-            started.append(subprocess.Popen(command, stdout=log, stderr=log))
-    yield folder
-    for process in started:
-        kill(process.pid)
-        process.wait(30)
-
-
-def kill(pid: int) -> None:
-    """SIGKILL for a process and all that it started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for one in (process, *process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-
-
-def wait_for(run: Path, reached: Callable[[RunState], bool], patience_s: float) -> RunState:
-    until = time.monotonic() + patience_s
-    while not reached(state := read_state(run)):
-        assert time.monotonic() < until, f"{state}\n{run.with_suffix('.log').read_text()}"
-        time.sleep(0.2)
-    return state
+    endless = [*tiny_settings, *ENDLESS]
+    with training(folder, {"pair": (2, endless), "lone": (1, endless), "short": (1, tiny_settings)}):
+        yield folder
 
 
 @pytest.mark.slow
 def test_real_runs_that_train_end_hang_and_die(live):
-    pair = wait_for(live / "pair", lambda state: state.state == "training" and state.loss is not None, 300)
-    lone = wait_for(live / "lone", lambda state: state.state == "training" and state.loss is not None, 300)
+    pair = wait_for(live / "pair", trains, 300)
+    lone = wait_for(live / "lone", trains, 300)
     assert (len(pair.ranks), len(lone.ranks), pair.stage, lone.eta_rough) == (2, 1, 1, True)
     assert pair.total == lone.total == 800_000
     assert pair.ranks[1].pid is not None
