@@ -40,6 +40,8 @@ def ray_cluster(
     Raises ConfigError where Ray is not installed or nothing answers.
     """
     address = require_ray(address)
+    if "RAY_AUTH_TOKEN" in os.environ:  # which a client does not look for unless it is told
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
