@@ -84,7 +84,7 @@ def main(
             )
         found.append([asha, *others])
     machine = describe_machine(1)
-    header = ["seed, search", "configurations", "steps in all", "best held-out loss", "time looking", "seconds of trials"]
+    header = ["seed, search", "configurations", "steps in all", "best held-out loss", "time looking", "their seconds"]
     wins = [sum(run[kind]["loss"] < run[1]["loss"] for run in found) for kind in (0, 2)]
     text = [
         *table(header, rows),
