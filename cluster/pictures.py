@@ -10,6 +10,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -40,6 +41,8 @@ BLACK_AND_WHITE = (0.5, 99.7)
 SMALL_BATCH = 256
 DENSITY = LinearSegmentedColormap.from_list("density", [plots.BLUE, "#9d6bd6", plots.RED, plots.ORANGE])
 """All of one lightness, to be seen on a light page and on a dark one."""
+LABELS = LinearSegmentedColormap.from_list("labels", colormaps["turbo"](np.linspace(0.1, 0.9, 256)))
+"""Without the ends, which cannot be seen on a dark page."""
 
 
 def draw(run: Path) -> Pictures:
@@ -108,7 +111,7 @@ def _scatter(along: NDArray, label: NDArray | None, places: dict[str, int]) -> b
         cells = [np.clip(np.digitize(along[:, axis], edges[axis]) - 1, 0, bins - 1) for axis in range(2)]
         colour, cmap = np.log1p(counts[cells[0], cells[1]]), DENSITY
     else:
-        colour, cmap = np.unique(label, return_inverse=True)[1], "turbo"
+        colour, cmap = np.unique(label, return_inverse=True)[1], LABELS
     canvas = Figure(figsize=(4, 4), dpi=180)
     axes = canvas.add_axes((0, 0, 1, 1))
     axes.axis("off")
