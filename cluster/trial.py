@@ -59,6 +59,7 @@ class Trial(tune.Trainable):
         code = Path(config["code"])
         roots = [str(code)] if (code / "cluster" / "trial.py").exists() else []
         self.environment = os.environ | {"PYTHONPATH": os.pathsep.join([*roots, *sys.path])}
+        self.environment[PARENT] = str(os.getpid())
         self.environment.pop("SLURM_STEP_ID", None)  # the trial is no task of the job that Ray runs in
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

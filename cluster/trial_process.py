@@ -182,7 +182,9 @@ def main() -> None:
     # Before training, which has a handler of its own, nothing is to be saved. Ray's processes are started deaf to signals.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(Stopped.exit_code))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    threading.Thread(target=_leave_when_told, args=(os.getppid(), out / STOP), daemon=True).start()
+    # Named by it, because it may be gone before this line is reached; ranks have their launcher.
+    parent = os.getppid() if "RANK" in os.environ else int(os.environ.get(PARENT, os.getppid()))
+    threading.Thread(target=_leave_when_told, args=(parent, out / STOP), daemon=True).start()
     if "RANK" not in os.environ:
         log = os.open(run / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for stream in (1, 2):
