@@ -21,6 +21,8 @@ from spire_dist.files import write_durably, write_json
 CONFIG, LOG, ORIGIN, REPORTS, STARTS, STOP, SWEEP, VIEW, RAY = (
     "trial.toml", "train.log", "origin.json", "reports.jsonl", "starts.jsonl", "stop", "sweep.json", "training.zarr", "ray",
 )  # fmt: skip
+PARENT = "SPIRE_TRIAL_PARENT"
+"""Variable: the process that a trial is not to outlive."""
 Report = dict[str, Any]
 """share (of the training), loss or auc, steps, train_s, look_s (seconds), time, settings, parent; or failed: why."""
 

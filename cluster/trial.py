@@ -18,7 +18,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import ASHAScheduler
 
-from cluster.sweep_files import CONFIG, LOG, ORIGIN, STOP, read_reports, read_sweep, trial_folder, write_reports
+from cluster.sweep_files import CONFIG, LOG, ORIGIN, PARENT, STOP, read_reports, read_sweep, trial_folder, write_reports
 from cluster.sweep_space import Settings, Space
 from spire_dist.config import dump_config
 from spire_dist.errors import SpireError

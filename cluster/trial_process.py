@@ -27,6 +27,7 @@ from cluster.sweep_files import (
     CONFIG,
     LOG,
     ORIGIN,
+    PARENT,
     STARTS,
     STOP,
     held,
