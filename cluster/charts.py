@@ -19,7 +19,8 @@ WIDTH, HEIGHT = 360.0, 196.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 30.0, 24.0
 OUTLIERS = 0.01
 """Share of the values at the top that may lie outside of a chart: the first losses of a run hide all that follows."""
-TICKS = 4
+X_TICKS, Y_TICKS = 6, 4
+"""At most so many numbers along an axis; rounding them leaves half of it at least."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def chart(
     for tick in y_ticks:
         parts.append(f'<path class="grid" d="M{LEFT:g} {y_at(tick):.1f}H{WIDTH - RIGHT:g}"/>')
         parts.append(f'<text class="tick y" x="{LEFT - 6:g}" y="{y_at(tick) + 3.5:.1f}">{told(tick, y_scale)}</text>')
-    for tick in ticks(low_x, high_x, TICKS):
+    for tick in ticks(low_x, high_x, X_TICKS):
         parts.append(f'<text class="tick x" x="{x_at(tick):.1f}" y="{HEIGHT - 8:g}">{told(tick, x_scale)}</text>')
     for x, name in breaks:
         if low_x < x < high_x:
@@ -138,7 +139,7 @@ def _y_ticks(values: list[float], scale: Scale, from_zero: bool) -> list[float]:
     low = min(low, 0.0) if from_zero else low
     if scale == "share":
         high = max(high, 0.1)
-    step = _round_step((high - low) / TICKS)
+    step = _round_step((high - low) / Y_TICKS)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [step * i for i in range(first, last + 1)]
 

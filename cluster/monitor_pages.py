@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cluster import run_charts, status
-from cluster.alarms import duration
+from cluster.alarms import STALE_S, duration
 from cluster.drawn import Pictures
 from cluster.painter import Painter
 from cluster.prometheus import metrics_text
@@ -221,6 +221,7 @@ class Pages:
             named=named,
             lines=run_charts.coloured(sorted(named)),
             few=run_charts.FEW,
+            stale_s=STALE_S,
             ranks=shown,
             alarms=_shown_alarms(state, MOST_ROWS),
             pictures=pictures,

@@ -1,6 +1,6 @@
 """Has pictures of a run's last checkpoint drawn, beside whatever else goes on: one at a time, each in a process of its own.
 
-That process is gentle (lowest priority, one thread), gives its memory back when it ends, and nothing that a checkpoint does
+That process is gentle (low priority, one thread), gives its memory back when it ends, and nothing that a checkpoint does
 to it, damaged or huge, reaches the page.
 """
 
@@ -17,8 +17,11 @@ from pathlib import Path
 from cluster.drawn import Pictures
 from spire_dist.errors import SpireError
 
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 """After which a picture is given up."""
+
+NICENESS = 5
+"""A quarter of a core where training has all of them; the 1 % of the lowest priority would end in no picture at all."""
 
 
 class Painter:
@@ -87,7 +90,7 @@ def last_checkpoint(run: Path) -> str | None:
 
 def _draw_and_send(pipe: Connection, run: Path) -> None:
     """In the process of its own: pictures, or the reason why there are none."""
-    os.nice(19)
+    os.nice(NICENESS)
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = "1"
     try:
