@@ -29,13 +29,14 @@ import spire_dist, data_prep, cluster
 count = 0
 for package in (spire_dist, data_prep, cluster):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if module.name != "spire_dist.physics.kernels_gpu":  # imported by the projector, where there is Triton
+        # Built on Triton's and Ray's own classes; imported by the projector and by sweeps, where these are.
+        if module.name not in ("spire_dist.physics.kernels_gpu", "cluster.trial"):
             importlib.import_module(module.name)
             count += 1
 print(count)
 """
     modules = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    assert int(run_python(code)) == len(modules) - len(PACKAGES) - 1
+    assert int(run_python(code)) == len(modules) - len(PACKAGES) - 2
 
 
 def test_submitit_runs_a_function(tmp_path: Path):
