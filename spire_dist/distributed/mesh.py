@@ -98,14 +98,13 @@ def init_distributed(gauss: int, device: str, timeout_s: float, groups: bool = F
     if world % gauss:
         raise ConfigError(f"parallel.gauss = {gauss}: does not divide the {world} rank(s) of this run")
     if device == "cuda":
-        if torch.cuda.device_count() == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
-            local_rank = 0  # Slurm shows each task its own one only
-        if local_rank >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        own = gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ  # Slurm shows each task its own one only
+        if local_rank >= gpus and not own:
             raise ConfigError(
-                f"rank {rank}: number {local_rank} of its machine, which has {torch.cuda.device_count()} GPU(s); start one "
-                "rank for each"
+                f"rank {rank}: number {local_rank} of its machine, which has {gpus} GPU(s); start one rank for each"
             )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(0 if own else local_rank)
     if world == 1 and not groups:
         yield Mesh()
         return
