@@ -20,9 +20,13 @@ PROGRAMS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sb
 
 @pytest.fixture(scope="session", autouse=True)
 def ray_token() -> Iterator[None]:
-    """Ray would leave a token in the home directory, and a process knows only the first it meets."""
+    """Ray would leave a token in the home directory, and a process knows only the first it meets.
+
+    The mode is for `ray.cluster_utils`, whose nodes do not look for a token by themselves, as those of `ray start` do.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_TOKEN", "of-the-tests")
+        patch.setenv("RAY_AUTH_MODE", "token")
         yield
 
 

@@ -37,6 +37,7 @@ def test_a_sweep_on_two_nodes_whose_time_runs_out_comes_back_and_goes_on(
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     settings = [*tiny_settings, "stage1.epochs=60", "stage2.epochs=40"]
     (tmp_path / "base.toml").write_text(dump_config(load_config(overrides=settings)))
     (tmp_path / "space.toml").write_text(SPACE)
