@@ -17,17 +17,8 @@ from tests.cluster.lab import Lab, slurm_lab
 PROGRAMS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "ip": "iproute2"}
 """Program and the Debian package it comes from."""
 
-
-@pytest.fixture(scope="session", autouse=True)
-def ray_token() -> Iterator[None]:
-    """Ray would leave a token in the home directory, and a process knows only the first it meets.
-
-    The mode is for `ray.cluster_utils`, whose nodes do not look for a token by themselves, as those of `ray start` do.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", "of-the-tests")
-        patch.setenv("RAY_AUTH_MODE", "token")
-        yield
+os.environ |= {"RAY_AUTH_TOKEN": "of-the-tests", "RAY_AUTH_MODE": "token"}
+"""Ray looks when it is first imported, and would leave a token in the home directory."""
 
 
 @pytest.fixture(scope="module")

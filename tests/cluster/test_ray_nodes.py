@@ -262,7 +262,7 @@ def test_training_goes_on_when_another_node_its_readers_and_ray_itself_are_kille
     for reader in readers:
         reader.kill()
     step = kept.reach(step + 32)
-    assert len(nodes[1].processes(READER)) == 2
+    wait_until(lambda: len(nodes[1].processes(READER)) == 2)  # the second may still be on its way
     assert not set(readers) & set(nodes[1].processes(READER))
 
     # Ray, but not the run.
