@@ -58,7 +58,7 @@ demo: $(VENV)/installed-for-use
 LINT := "ruff check ." "ruff format --check ." "pyright"
 PYTEST := "pytest -m 'not ranks' --ignore=tests/cluster $(PYTEST_ARGS)"
 # Two files at a time: most of their time they wait for servers.
-PYTEST_CLUSTER := "pytest tests/cluster --numprocesses 2 --dist loadfile $(PYTEST_ARGS)"
+PYTEST_CLUSTER := "pytest tests/cluster --numprocesses 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)"
 PYTEST_RANKS := "pytest -m ranks --ignore=tests/cluster $(PYTEST_ARGS)"
 run_checks = failed=; for check in $(1); do echo "== $$check"; eval "$$check" || failed="$$failed [$$check]"; done; \
 	if [ -n "$$failed" ]; then echo "FAILED:$$failed"; exit 1; fi; echo "all checks passed"

@@ -130,7 +130,7 @@ def _ending(code: int, stops: Stops) -> Ending:
     if code == RankLostError.exit_code:
         return Ending(code, "other ranks were lost", again=True)
     if code < 0 and stops.received and -code in STOP_SIGNALS:
-        return Ending(Stopped.exit_code, "stopped on request before it had begun", again=True)
+        return Ending(Stopped.exit_code, "stopped on request before the first step or after the last", again=True)
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Ending(code if code > 0 else 128 - code, f"rank {os.environ['SLURM_PROCID']} was {how}", again=True)
 

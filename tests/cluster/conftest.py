@@ -21,6 +21,11 @@ os.environ |= {"RAY_AUTH_TOKEN": "of-the-tests", "RAY_AUTH_MODE": "token"}
 """Ray looks when it is first imported, and would leave a token in the home directory."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Files of long tests come first, so that no process is left alone with one in the end."""
+    items.sort(key=lambda item: not hasattr(item.module, "pytestmark"))
+
+
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[str]:
     """Address of a Ray cluster of two nodes with a core each."""

@@ -109,10 +109,11 @@ def test_a_job_at_its_time_limit_saves_and_goes_on(slurm, config, alone, tmp_pat
     ranks = training(slurm, job).values()
     for rank in ranks:
         rank.suspend()
+    wait_until(lambda: all(rank.status() == "stopped" for rank in ranks))  # it takes a moment
     wait_until(lambda: any(rank.status() != "stopped" or noticed(rank.pid) for rank in ranks), 70)
     for rank in ranks:
         rank.resume()
-    wait_until(lambda: status(run)["state"] == "stopped")
+    wait_until(lambda: status(run)["state"] == "stopped", told=lambda: f"{lives(run)}\n{log(run, job)}\n{slurm.log()}")
     left = saved(run)
     has_ended_like(slurm, job, run, alone, restarts=1)
     assert starts(run, job) == [left]
