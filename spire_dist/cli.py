@@ -304,8 +304,6 @@ def train(
 ) -> None:
     """Train both stages; then write maps, latents, parts and the report. Ctrl-C saves; the same command goes on."""
     from spire_dist.config import load_config
-    from spire_dist.results.export import export
-    from spire_dist.results.report import write_report
     from spire_dist.training.train import train as train_run
 
     if processes > 1 and "RANK" not in os.environ:
@@ -325,6 +323,9 @@ def train(
         first = train_run(loaded, run)
     if not first or not loaded.output.report:
         return
+    from spire_dist.results.export import export  # seconds that no other rank should wait for
+    from spire_dist.results.report import write_report
+
     refused = None
     try:
         export(run, run, frames=loaded.output.volumes, star=None)

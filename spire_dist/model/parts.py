@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 
 RESTARTS = 10
 
@@ -62,6 +61,8 @@ def discover_parts(
 def _kmeans(points: NDArray[np.float32], weights: NDArray[np.float64], count: int, seed: int) -> NDArray[np.int64]:
     if count == 1:
         return np.zeros(len(points), dtype=np.int64)
+    from sklearn.cluster import KMeans  # takes a second to load, and a run needs it once
+
     means = KMeans(count, init="k-means++", n_init=RESTARTS, random_state=seed)  # pyright: ignore[reportArgumentType]
     labels = means.fit_predict(points.astype(np.float64), sample_weight=weights)
     return np.unique(labels, return_inverse=True)[1]  # no gaps where fewer points are distinct

@@ -46,8 +46,9 @@ def state(run: Path) -> str:
 
 
 def test_two_nodes_of_two_tasks_make_what_four_ranks_of_one_machine_make(slurm, config, tmp_path):
-    job = queue_training(slurm, config, tmp_path / "run", tasks=2)
-    expected = run_alone(config, tmp_path / "alone", processes=4)
+    short = ("--set", "stage1.epochs=8", "--set", "stage2.epochs=4")
+    job = queue_training(slurm, config, tmp_path / "run", tasks=2, train=short)
+    expected = run_alone(config, tmp_path / "alone", processes=4, train=short)
     has_ended_like(slurm, job, tmp_path / "run", expected, restarts=0)
     [started] = lives(tmp_path / "run", "started")
     assert (started["nodes"], started["ranks"]) == ("n[1-2]", 4)

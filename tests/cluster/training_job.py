@@ -4,6 +4,7 @@ Every step is logged, so that a run that was interrupted can be compared with on
 particles has another loss.
 """
 
+import contextlib
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from spire_dist.config import dump_config, load_config
 from tests.cluster.lab import Lab, wait_until
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sh"
-LONGER = ["stage1.epochs=25", "stage2.epochs=20", "output.save_seconds=0.3", "output.log_seconds=0.001",
+LONGER = ["stage1.epochs=25", "stage2.epochs=6", "output.save_seconds=0.3", "output.log_seconds=0.001",
           "output.report=false", "parallel.timeout_s=30"]  # fmt: skip
 """So long that each life of a job can be met at work."""
 
@@ -42,9 +43,9 @@ def queue_training(
     return lab.sbatch(*shape, f"--output={run}.log", *options, SCRIPT, config, run, *train)
 
 
-def run_alone(config: Path, run: Path, processes: int) -> Path:
+def run_alone(config: Path, run: Path, processes: int, train: tuple[str, ...] = ()) -> Path:
     """The same run without Slurm."""
-    command = [sys.executable, "-m", "spire_dist.cli", "train", config, "--run", run, "--processes", str(processes)]
+    command = [sys.executable, "-m", "spire_dist.cli", "train", config, "--run", run, "--processes", str(processes), *train]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return run
@@ -111,10 +112,11 @@ def training(lab: Lab, job: str) -> dict[int, psutil.Process]:
     """The training process of each rank of a job."""
     found = {}
     for process in lab.processes(word="train"):
-        environment, parent = process.environ(), process.parent()
-        reads_for_another = parent is not None and "train" in parent.cmdline()
-        if environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment and not reads_for_another:
-            found[int(environment["SLURM_PROCID"])] = process
+        with contextlib.suppress(psutil.Error):  # it may have ended by now
+            environment, parent = process.environ(), process.parent()
+            reads_for_another = parent is not None and "train" in parent.cmdline()
+            if environment.get("SLURM_JOB_ID") == job and "SLURM_PROCID" in environment and not reads_for_another:
+                found[int(environment["SLURM_PROCID"])] = process
     return found
 
 
