@@ -45,8 +45,8 @@ def queue_training(
 
 def run_alone(config: Path, run: Path, processes: int, train: tuple[str, ...] = ()) -> Path:
     """The same run without Slurm."""
-    command = [sys.executable, "-m", "spire_dist.cli", "train", config, "--run", run, "--processes", str(processes), *train]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "spire_dist.cli", "train", config, "--run", run, "--processes", str(processes)]
+    result = subprocess.run([*command, *train], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return run
 
