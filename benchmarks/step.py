@@ -36,7 +36,7 @@ from spire_dist.model.latents import starting_latents
 from spire_dist.model.mixtures import CoarseMixture
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
-from spire_dist.training.stages import find_parts, seed_coarse, seed_hierarchy
+from spire_dist.training.stages import find_parts, seed_coarse, seed_second
 from spire_dist.training.train import SAMPLE_IMAGES, open_source, use_threads
 from spire_dist.training.trainer import Trainee, train_stage
 
@@ -108,7 +108,7 @@ def begin(source: BatchSource, epochs: int) -> dict[str, tuple[Trainee, RunConfi
     assert isinstance(coarse.mixture, CoarseMixture)
     coarse.table.come_home()
     values = coarse.table.home[:, 0].clone()
-    mixture = seed_hierarchy(coarse.mixture, find_parts(coarse.mixture, values, SMALL), values, SMALL)
+    mixture = seed_second(coarse.mixture, find_parts(coarse.mixture, values, SMALL), values, SMALL, source.store.box)
     trainee = begin_trainee(2, mixture, values, SMALL, cpu, source)
     train_epochs(trainee, SMALL, source, epochs)
     return trainees | {CASES[2]: (trainee, SMALL)}

@@ -119,6 +119,8 @@ class HierarchyConfig(StageConfig):
     """Pixels of residual shift per unit of the network's output."""
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Passes before the deformation is switched on."""
+    hierarchy: bool = True
+    """Whether Gaussians ride on anchors; else each moves by itself, as in stage 1, and parts are only told: to compare with."""
     anchor_layers: int = Field(default=2, ge=1)
     """Hidden layers of the anchor network."""
     anchor_hidden: int = Field(default=128, ge=1)
@@ -214,6 +216,9 @@ class RunConfig(Section):
     """How Gaussians become images; `auto` takes the local splat of the device: numba on a CPU, Triton on a GPU."""
     features: int = Field(default=24, ge=1)
     """Numbers in a Gaussian's feature vector."""
+    feature_kind: Literal["learned", "position"] = "learned"
+    """`learned`: a Gaussian's features are its own (the paper); `position`: sines and cosines of where it starts, which stay:
+    to compare with."""
 
 
 def load_config(path: Path | None = None, preset: str | None = None, overrides: list[str] | None = None) -> RunConfig:

@@ -2,7 +2,8 @@
 
 Each has an offset (from its anchor, or from the centre of the box where there are no anchors), a width, an amplitude and
 a feature vector. Learned quantities are kept in units in which a step of Adam means the same for all: centres in pixels,
-widths as logarithms, amplitudes as shares of the seed amplitude.
+widths as logarithms, amplitudes as shares of the seed amplitude. Features are learned too, or fixed, for comparison, at an
+encoding of the place where a Gaussian starts.
 """
 
 import numpy as np
@@ -20,13 +21,16 @@ class Gaussians(nn.Module):
     """N Gaussians: `offsets` [N, 3] px, `log_widths` [N] (of width / px), `amplitudes` [N] (of `unit`), `features` [N, E]."""
 
     unit: Tensor
+    features: Tensor
 
-    def __init__(self, offsets_px: Tensor, widths_px: Tensor, features: Tensor, unit: float = 1.0) -> None:
+    def __init__(
+        self, offsets_px: Tensor, widths_px: Tensor, features: Tensor, unit: float = 1.0, fixed_features: bool = False
+    ) -> None:
         super().__init__()
         self.offsets = nn.Parameter(offsets_px.clone())
         self.log_widths = nn.Parameter(torch.log(widths_px))
         self.amplitudes = nn.Parameter(torch.ones(len(offsets_px)))
-        self.features = nn.Parameter(features.clone())
+        keep(self, "features", features, fixed_features)
         self.register_buffer("unit", torch.tensor(unit))
 
     def widths_px(self) -> Tensor:
@@ -36,6 +40,14 @@ class Gaussians(nn.Module):
     def peak_densities(self) -> Tensor:
         """Amplitudes [N] as densities."""
         return self.amplitudes * self.unit
+
+
+def keep(module: nn.Module, name: str, values: Tensor, fixed: bool) -> None:
+    """Have a module hold a copy of `values` under a name: as a parameter that learns, or fixed."""
+    if fixed:
+        module.register_buffer(name, values.clone())
+    else:
+        module.register_parameter(name, nn.Parameter(values.clone()))
 
 
 def draw_centres(
@@ -57,3 +69,15 @@ def draw_centres(
 def random_features(count: int, dimension: int, rng: np.random.Generator) -> Tensor:
     """Features [count, dimension] to start from: random, but small beside what they learn, or clusters would show the start."""
     return FEATURE_SPREAD * torch.from_numpy(rng.standard_normal((count, dimension)).astype(np.float32))
+
+
+def position_features(points_px: Tensor, box: int, dimension: int) -> Tensor:
+    """Features [N, dimension] that say where points [N, 3] lie, in pixels from the centre of a box of `box` pixels.
+
+    sin and cos of 2^k π p for p in [-1, 1] across the box and k = 0, 1, ..., as many octaves as there is room for; zeros fill
+    up the rest (Mildenhall et al., ECCV 2020, equation 4).
+    """
+    octaves = 2.0 ** torch.arange(dimension // 6) * torch.pi
+    angles = (points_px * (2 / box))[:, :, None] * octaves
+    encoded = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
+    return nn.functional.pad(encoded, (0, dimension - encoded.shape[1]))

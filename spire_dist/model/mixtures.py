@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spire_dist.config import HierarchyConfig, StageConfig
 from spire_dist.model.deformation import PairNetwork, rotations_from_6d
-from spire_dist.model.gaussians import Gaussians
+from spire_dist.model.gaussians import Gaussians, keep
 
 OPEN_BIAS = 2.0
 """Start of the occupancy's logit: σ(2) = 0.88, open but not saturated."""
@@ -24,12 +24,18 @@ ANCHOR_MOTION_PX = 5.0
 
 
 class CoarseMixture(nn.Module):
-    """Stage 1: every Gaussian moves by itself."""
+    """Stage 1, and stage 2 without its hierarchy: every Gaussian moves by itself.
 
-    def __init__(self, gaussians: Gaussians, latent: int, config: StageConfig) -> None:
+    There `anchor_of` [N] says which part each Gaussian comes from; it moves nothing.
+    """
+
+    anchor_of: Tensor | None
+
+    def __init__(self, gaussians: Gaussians, latent: int, config: StageConfig, anchor_of: Tensor | None = None) -> None:
         super().__init__()
         features = gaussians.features.shape[1]
         self.gaussians = gaussians
+        self.register_buffer("anchor_of", anchor_of)
         self.shift = PairNetwork(latent, features, config.hidden, config.layers, 3, gain=config.motion_px)
         self.occupancy = PairNetwork(latent, features, config.hidden, config.layers, 1, bias=OPEN_BIAS)
 
@@ -41,13 +47,14 @@ class CoarseMixture(nn.Module):
         return centres, amplitudes
 
     def regulariser(self) -> Tensor:
-        """Nothing beside the latents is penalised in stage 1."""
+        """Nothing beside the latents is penalised."""
         return self.gaussians.unit.new_zeros(())
 
     def with_gaussians(self, gaussians: Gaussians, rows: Tensor) -> "CoarseMixture":
         """The same networks (not copies) with other Gaussians, `rows` [n] of the present ones."""
         part = copy.copy(self)
         part._modules = self._modules | {"gaussians": gaussians}
+        part._buffers = self._buffers | {"anchor_of": None if self.anchor_of is None else self.anchor_of[rows]}
         return part
 
 
@@ -59,6 +66,7 @@ class HierarchicalMixture(nn.Module):
     """
 
     anchor_of: Tensor
+    anchor_features: Tensor
 
     def __init__(
         self,
@@ -76,7 +84,7 @@ class HierarchicalMixture(nn.Module):
         self.register_buffer("anchor_of", anchor_of.clone())
         self.sizes = torch.bincount(anchor_of, minlength=len(anchor_centres_px)).tolist()
         self.anchor_centres = nn.Parameter(anchor_centres_px.clone())
-        self.anchor_features = nn.Parameter(anchor_features.clone())
+        keep(self, "anchor_features", anchor_features, fixed=not isinstance(gaussians.features, nn.Parameter))
         self.motion = PairNetwork(latent, features, config.anchor_hidden, config.anchor_layers, 9)
         self.shift = PairNetwork(latent, features, config.hidden, config.layers, 3, gain=config.motion_px)
         self.occupancy = PairNetwork(latent, features, config.hidden, config.layers, 1, bias=OPEN_BIAS)
@@ -108,7 +116,9 @@ class HierarchicalMixture(nn.Module):
         return centres, amplitudes
 
     def regulariser(self) -> Tensor:
-        """λ_f Σ|df|² (equation 7)."""
+        """λ_f Σ|df|² (equation 7), of features that learn."""
+        if not isinstance(self.gaussians.features, nn.Parameter):
+            return self.gaussians.unit.new_zeros(())
         return self.feature_weight * self.gaussians.features.square().sum()
 
     def with_gaussians(self, gaussians: Gaussians, rows: Tensor) -> "HierarchicalMixture":

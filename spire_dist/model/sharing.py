@@ -47,7 +47,8 @@ def own_share(mixture: Mixture, mesh: Mesh) -> Mixture:
     whole = mixture.gaussians
     mine = torch.from_numpy(share(len(whole.offsets), mesh.gauss_rank, mesh.gauss)).to(whole.offsets.device)
     rows = {name: values[mine] for name, values in whole.state_dict().items() if values.ndim}
-    part = Gaussians(rows["offsets"], rows["log_widths"].exp(), rows["features"])
+    fixed = not isinstance(whole.features, nn.Parameter)
+    part = Gaussians(rows["offsets"], rows["log_widths"].exp(), rows["features"], fixed_features=fixed)
     part.load_state_dict(whole.state_dict() | rows)  # widths to the last bit, amplitudes and their unit
     return mixture.with_gaussians(part.to(whole.offsets), mine)
 

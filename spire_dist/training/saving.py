@@ -123,10 +123,13 @@ def mixture_from_state(state: State, config: RunConfig) -> Mixture:
         saved["gaussians.log_widths"].exp(),
         saved["gaussians.features"],
         float(saved["gaussians.unit"]),
+        fixed_features=config.feature_kind == "position",
     )
     mixture: Mixture
     if state.stage == 1:
         mixture = CoarseMixture(gaussians, config.latent.dimension, config.stage1)
+    elif not config.stage2.hierarchy:
+        mixture = CoarseMixture(gaussians, config.latent.dimension, config.stage2, saved["anchor_of"])
     else:
         mixture = HierarchicalMixture(
             gaussians,

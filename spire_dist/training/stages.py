@@ -8,9 +8,9 @@ from torch import Tensor
 from spire_dist.config import HierarchyConfig, RunConfig
 from spire_dist.data.loader import Batch
 from spire_dist.errors import RunError
-from spire_dist.model.gaussians import Gaussians, draw_centres, random_features
+from spire_dist.model.gaussians import Gaussians, draw_centres, position_features, random_features
 from spire_dist.model.image_model import render
-from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture
+from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
 from spire_dist.model.parts import Parts, discover_parts
 
 SEED_SPREAD = 0.75
@@ -30,7 +30,13 @@ def seed_coarse(volume: NDArray[np.float32], config: RunConfig, sample: Batch) -
     centres = torch.from_numpy(draw_centres(volume, count, rng))
     occupied = float((volume > 0.05 * volume.max()).sum())
     widths = torch.full((count,), max(0.7, SEED_SPREAD * (occupied / count) ** (1 / 3)))
-    gaussians = Gaussians(centres, widths, random_features(count, config.features, rng))
+    fixed = config.feature_kind == "position"
+    own = (
+        position_features(centres, len(volume), config.features)
+        if fixed
+        else random_features(count, config.features, rng)
+    )
+    gaussians = Gaussians(centres, widths, own, fixed_features=fixed)
     mixture = CoarseMixture(gaussians, config.latent.dimension, config.stage1)
     gaussians.unit.fill_(fit_scale(mixture, config, sample))
     return mixture
@@ -88,15 +94,34 @@ def feature_view(mixture: CoarseMixture) -> NDArray[np.float32]:
     return torch.cat([net.from_feature(features) for net in (mixture.shift, mixture.occupancy)], dim=1).numpy()
 
 
-def seed_hierarchy(mixture: CoarseMixture, parts: Parts, latents: Tensor, config: RunConfig) -> HierarchicalMixture:
-    """Stage 2 before training: anchors that already follow the parts' motion of stage 1, and Gaussians drawn around them.
-
-    Gaussians are drawn from the coarse ones over all sampled latents in proportion to their mass there, and carried back
-    into their anchor's frame; so a part that is absent in one state is still found in the others.
+def seed_second(mixture: CoarseMixture, parts: Parts, latents: Tensor, config: RunConfig, box: int) -> Mixture:
+    """Stage 2 before training, of images of `box` pixels: Gaussians drawn from the coarse ones, over all sampled latents in
+    proportion to their mass there; so a part that is absent in one state is still found in the others.
     """
     rng = np.random.default_rng((config.seed, 2))
     samples = sample_latents(latents, config.seed)
     centres, masses = summarise(mixture, samples)
+    seed = _hierarchy if config.stage2.hierarchy else _flat
+    found = seed(mixture, parts, (samples, centres, masses), config, box, rng)
+    gaussians = found.gaussians
+    total = float(masses.mean(0).sum()) / float((gaussians.widths_px().detach() ** 3).sum())
+    gaussians.unit.fill_(total / float(torch.sigmoid(found.occupancy.last.bias.detach())[0]))
+    return found
+
+
+def _hierarchy(
+    mixture: CoarseMixture,
+    parts: Parts,
+    seen: tuple[Tensor, Tensor, Tensor],
+    config: RunConfig,
+    box: int,
+    rng: np.random.Generator,
+) -> HierarchicalMixture:
+    """Anchors that already follow the parts' motion of stage 1, and Gaussians carried back into their anchor's frame.
+
+    What was `seen`: latents [S, L], and there centres [S, N, 3] and masses [S, N] of the coarse Gaussians.
+    """
+    samples, centres, masses = seen
     anchors, anchor_of = torch.from_numpy(parts.anchors), torch.from_numpy(parts.anchor_of)
     own = mixture.gaussians
     anchor_centres, anchor_features = centres[0, anchors], own.features.detach()[anchors]
@@ -110,11 +135,7 @@ def seed_hierarchy(mixture: CoarseMixture, parts: Parts, latents: Tensor, config
     )  # fmt: skip
     _distil(rigid, samples, centres[:, order], masses[:, order], config.stage2, rng)
 
-    weights = masses.double().flatten().numpy()
-    edges = np.cumsum(weights)
-    count = config.stage2.gaussians
-    drawn = np.searchsorted(edges, (np.arange(count) + rng.random(count)) * edges[-1] / count).clip(max=len(edges) - 1)
-    state, parent = (torch.from_numpy(i) for i in np.unravel_index(drawn, masses.shape))
+    state, parent = _drawn(masses, config.stage2.gaussians, rng)
     by_anchor = torch.argsort(anchor_of[parent], stable=True)
     state, parent = state[by_anchor], parent[by_anchor]
     with torch.no_grad():
@@ -122,18 +143,55 @@ def seed_hierarchy(mixture: CoarseMixture, parts: Parts, latents: Tensor, config
         a = anchor_of[parent]
         relative = centres[state, parent] - moved[state, a]
         offsets = (rotations[state, a].transpose(1, 2) @ relative[:, :, None])[..., 0]
-    offsets = offsets + JITTER * widths[parent, None] * torch.from_numpy(
-        rng.standard_normal((count, 3)).astype(np.float32)
-    )
-    shrink = min(1.0, (len(anchor_of) / count) ** (1 / 3))
-    gaussians = Gaussians(offsets, (widths[parent] * shrink).clamp(min=0.6), torch.zeros(count, config.features))
+    offsets = offsets + _jitter(widths[parent], rng)
+    fixed = config.feature_kind == "position"
+    features = torch.zeros(len(parent), config.features)
+    if fixed:
+        features = position_features(anchor_centres[a] + offsets, box, config.features) - anchor_features[a]
+    gaussians = Gaussians(offsets, _narrower(widths, parent), features, fixed_features=fixed)
     hierarchy = HierarchicalMixture(
         gaussians, a, anchor_centres, anchor_features, config.latent.dimension, config.stage2
     )
     hierarchy.motion.load_state_dict(rigid.motion.state_dict())
-    total = float(masses.mean(0).sum()) / float((gaussians.widths_px().detach() ** 3).sum())
-    gaussians.unit.fill_(total / float(torch.sigmoid(hierarchy.occupancy.last.bias.detach())[0]))
     return hierarchy
+
+
+def _flat(
+    mixture: CoarseMixture,
+    parts: Parts,
+    seen: tuple[Tensor, Tensor, Tensor],
+    config: RunConfig,
+    box: int,
+    rng: np.random.Generator,
+) -> CoarseMixture:
+    """More Gaussians with larger networks, each like its parent, where that is in the state that most others are near."""
+    _, centres, masses = seen
+    own = mixture.gaussians
+    widths = own.widths_px().detach()
+    parent = _drawn(masses, config.stage2.gaussians, rng)[1].sort().values
+    points = centres[0, parent] + _jitter(widths[parent], rng)
+    fixed = config.feature_kind == "position"
+    features = position_features(points, box, config.features) if fixed else own.features.detach()[parent]
+    gaussians = Gaussians(points, _narrower(widths, parent), features, fixed_features=fixed)
+    anchor_of = torch.from_numpy(parts.anchor_of)[parent]
+    return CoarseMixture(gaussians, config.latent.dimension, config.stage2, anchor_of)
+
+
+def _drawn(masses: Tensor, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """(state, coarse Gaussian) of each of `count` new Gaussians, drawn by masses [S, N]."""
+    edges = np.cumsum(masses.double().flatten().numpy())
+    drawn = np.searchsorted(edges, (np.arange(count) + rng.random(count)) * edges[-1] / count).clip(max=len(edges) - 1)
+    state, parent = (torch.from_numpy(i) for i in np.unravel_index(drawn, masses.shape))
+    return state, parent
+
+
+def _jitter(widths: Tensor, rng: np.random.Generator) -> Tensor:
+    return JITTER * widths[:, None] * torch.from_numpy(rng.standard_normal((len(widths), 3)).astype(np.float32))
+
+
+def _narrower(widths: Tensor, parent: Tensor) -> Tensor:
+    """Widths of Gaussians that are more in number than their parents."""
+    return (widths[parent] * min(1.0, (len(widths) / len(parent)) ** (1 / 3))).clamp(min=0.6)
 
 
 def _distil(

@@ -47,7 +47,7 @@ from spire_dist.training.saving import (
     write_model,
     write_start,
 )
-from spire_dist.training.stages import find_parts, seed_coarse, seed_hierarchy
+from spire_dist.training.stages import find_parts, seed_coarse, seed_second
 from spire_dist.training.trainer import train_stage
 
 SAMPLE_IMAGES = 512
@@ -271,7 +271,7 @@ def _begin_second_stage(session: _Session, latents: Tensor) -> None:
     sizes = np.bincount(parts.anchor_of)
     say(f"parts: {len(np.unique(parts.cluster))} clusters of features, {len(parts.anchors)} anchors with "
         f"{', '.join(map(str, sizes))} Gaussians")  # fmt: skip
-    mixture = seed_hierarchy(coarse, parts, latents, config)
+    mixture = seed_second(coarse, parts, latents, config, source.store.box)
     encoded = config.latent.kind == "encoder"
     start = encoder_from_state(state, source.store.box, config) if encoded else at_home(latents)
     write_start(run, 2, mixture, start, source, config, session.log.elapsed_s)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from spire_dist.config import HierarchyConfig, StageConfig
-from spire_dist.model.gaussians import Gaussians, draw_centres
+from spire_dist.model.gaussians import Gaussians, draw_centres, position_features
 from spire_dist.model.mixtures import ANCHOR_MOTION_PX, CoarseMixture, HierarchicalMixture, Mixture
 
 LATENT, FEATURES, COUNT = 2, 4, 9
@@ -102,6 +102,26 @@ def test_rigid_parts_keep_the_distances_within_a_part(hierarchy):
         distances = torch.cdist(centres[:, part], centres[:, part])
         expected = torch.cdist(offsets[part], offsets[part]).expand_as(distances)
         torch.testing.assert_close(distances, expected, rtol=1e-9, atol=1e-7)
+
+
+def test_fixed_features_do_not_learn_and_are_not_penalised():
+    own = gaussians()
+    fixed = Gaussians(own.offsets.detach(), own.widths_px().detach(), own.features.detach(), fixed_features=True)
+    anchor_of, centres = torch.zeros(COUNT, dtype=torch.long), torch.randn(1, 3)
+    config = HierarchyConfig(hidden=8, anchor_hidden=8, feature_weight=0.25)
+    mixture = HierarchicalMixture(fixed, anchor_of, centres, torch.randn(1, FEATURES), LATENT, config)
+    assert not [name for name, _ in mixture.named_parameters() if "features" in name]
+    assert {"gaussians.features", "anchor_features"} <= mixture.state_dict().keys()
+    assert float(mixture.regulariser()) == 0
+    torch.testing.assert_close(mixture.features(), mixture.anchor_features + own.features.detach())
+
+
+def test_features_of_a_position_are_sines_and_cosines_of_its_octaves():
+    points = torch.tensor([[8.0, 0.0, -4.0]])  # in a box of 32: p = 1/2, 0, -1/4
+    found = position_features(points, 32, 14)[0]
+    angles = np.pi * np.array([0.5, 0.0, -0.25])
+    expected = [[np.sin(a), np.sin(2 * a), np.cos(a), np.cos(2 * a)] for a in angles]
+    np.testing.assert_allclose(found, [*np.ravel(expected), 0, 0], atol=1e-6)
 
 
 def test_gaussians_that_are_not_sorted_by_anchor_are_a_mistake_of_the_caller():

@@ -87,7 +87,7 @@ def test_crashed_and_continued_is_the_same_to_the_bit(finished, tmp_path, train_
     assert_same_results(run, finished)
 
 
-@pytest.mark.parametrize("where", ["consensus_map", "find_parts", "seed_hierarchy", "all_latents", "_write_results"])
+@pytest.mark.parametrize("where", ["consensus_map", "find_parts", "seed_second", "all_latents", "_write_results"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_crashed_between_the_stages_and_continued_is_the_same_to_the_bit(
     finished_table, tmp_path, train_tiny, monkeypatch, where, call
