@@ -58,6 +58,8 @@ def ray_cluster(
         # Else Ray leaves a token in the user's home, and reports its use. It remembers the token it first met.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's workers would stand behind everything else of this machine: readers behind the training that waits for them.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     with _untouched_by_stop_signals():
         try:
             ray.init(address, logging_level=logging.ERROR, **options)

@@ -22,7 +22,7 @@ if [ $# -ne 2 ]; then
     exit 2
 fi
 export RAY_AUTH_TOKEN=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' \n') RAY_AUTH_MODE=token
-export RAY_USAGE_STATS_ENABLED=0
+export RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0
 export head=$(python -c "import ray; print(ray.util.get_node_ip_address())") port=$((30000 + SLURM_JOB_ID % 2500))
 
 # Ray is deaf to the signals that make the sweep, and its trials, save and leave.
