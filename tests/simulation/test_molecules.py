@@ -5,14 +5,8 @@ import numpy as np
 import pytest
 
 from spire_dist.errors import ConfigError, SourceError
-from spire_dist.simulation.molecules import (
-    assembly_states,
-    axis_points,
-    procedural_antibody,
-    read_molecule,
-    select,
-    turning_states,
-)
+from spire_dist.simulation.molecules import axis_points, procedural_antibody, read_molecule, select
+from spire_dist.simulation.states import assembly_states, turning_states
 
 FAB, HINGE = "H:1-213,L", "H:213,H:244"
 

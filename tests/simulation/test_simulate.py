@@ -13,7 +13,7 @@ import torch
 from scipy import ndimage
 
 from spire_dist.errors import ConfigError, SourceError
-from spire_dist.simulation.recipes import simulate
+from spire_dist.simulation.simulate import simulate
 
 SMALL = {"states": 3, "particles": 60, "box": 48, "pixel_size": 8.0, "seed": 1}
 
@@ -240,13 +240,3 @@ def test_folder_with_something_in_it_is_left_alone(tmp_path, refusal):
     (tmp_path / "thesis.txt").write_text("42")
     refusal(ConfigError, [str(tmp_path), "not an empty folder"], lambda: simulate(tmp_path, **SMALL))
     assert (tmp_path / "thesis.txt").read_text() == "42"
-
-
-def test_interrupted_simulation_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("spire_dist.simulation.folder.write_tables", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        simulate(tmp_path / "set", **SMALL)
-    assert list(tmp_path.iterdir()) == []
