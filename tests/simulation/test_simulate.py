@@ -12,7 +12,7 @@ import starfile
 import torch
 from scipy import ndimage
 
-from spire_dist.errors import ConfigError, SourceError
+from spire_dist.errors import ConfigError
 from spire_dist.simulation.simulate import simulate
 
 SMALL = {"states": 3, "particles": 60, "box": 48, "pixel_size": 8.0, "seed": 1}
@@ -154,30 +154,6 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, noisy)
     assert filecmp.cmpfiles(noisy, other, ["particles.star", "images/000.mrcs"], shallow=False)[0] == []
 
 
-def test_ctfs_come_from_the_rows_of_a_table(tmp_path):
-    table = np.random.default_rng(0).uniform(1e4, 2e4, (100, 9)).astype(np.float32)
-    table[:, :2], table[:, 5:] = (360, 1.34), (300, 2.0, 0.1, 0)
-    table[50:, 5:] = (200, 1.4, 0.08, 90)
-    np.save(tmp_path / "ctf.npy", table)
-    out = simulate(tmp_path / "set", **SMALL, ctf_table=tmp_path / "ctf.npy")
-    ctf = unpickled(out / "combined_ctfs.pkl")
-    rows = {tuple(row) for row in table[:, 2:].tolist()}
-    assert len({tuple(row) for row in ctf[:, 2:].tolist()} & rows) == 60  # without replacement
-    star = starfile.read(out / "particles.star")
-    assert star["optics"]["rlnVoltage"].tolist() == [200, 300]
-    voltages = star["optics"].set_index("rlnOpticsGroup")["rlnVoltage"][star["particles"]["rlnOpticsGroup"]]
-    np.testing.assert_array_equal(voltages, ctf[:, 5])
-    assert json.loads((out / "simulation.json").read_text())["voltage_kv"] is None
-
-
-def test_defocus_stays_in_its_range_with_the_astigmatism_asked_for(clean):
-    ctf = unpickled(clean / "combined_ctfs.pkl")
-    mean = ctf[:, 2:4].mean(axis=1)
-    assert mean.min() >= 10000
-    assert mean.max() <= 25000
-    np.testing.assert_allclose(ctf[:, 2] - ctf[:, 3], 500, atol=0.01)
-
-
 def test_ribosome_states_lack_their_blocks(tmp_path, shared_data):
     """Like Ribosembly: blocks of several files, left out in some states, with unequal counts."""
     models = [
@@ -219,21 +195,15 @@ def test_ribosome_states_lack_their_blocks(tmp_path, shared_data):
         ({"rotate": "A"}, ConfigError, ["axis", "H:213"]),
         ({"rotate": "Z", "axis": "A:1,A:9"}, ConfigError, ["'Z'", "A, B, F"]),
         ({"rotate": "A", "omit": ["", "B"]}, ConfigError, ["rotate and omit"]),
+        ({"rotate": "A", "axis": "A:1,A:9", "linker": "F:1-3"}, ConfigError, ["axis and linker", "choose one"]),
+        ({"mixture": True}, ConfigError, ["mixture", "no model"]),
+        ({"device": "tpu"}, ConfigError, ["device", "'tpu'", "auto"]),
+        ({"box": 8192, "pixel_size": 1.0}, ConfigError, ["GiB", "free"]),
     ],
 )
 def test_setting_that_cannot_be_used_is_refused_before_anything_is_written(tmp_path, refusal, options, error, words):
     refusal(error, words, lambda: simulate(tmp_path / "set", **(SMALL | options)))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("content", [None, b"hello", np.zeros((4, 7)), np.full((4, 9), np.nan)])
-def test_ctf_table_that_is_none_is_refused(tmp_path, refusal, content):
-    path = tmp_path / "ctf.npy"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        np.save(path, content)
-    refusal(SourceError, ["ctf_table", "ctf.npy"], lambda: simulate(tmp_path / "set", **SMALL, ctf_table=path))
 
 
 def test_folder_with_something_in_it_is_left_alone(tmp_path, refusal):
