@@ -3,6 +3,7 @@
 Called by `simulate.simulate`. Nothing here holds a date or a path, so that equal inputs give equal bytes.
 """
 
+import os
 import pickle
 from pathlib import Path
 
@@ -28,6 +29,9 @@ def create_stack(path: Path, count: int, box: int, pixel_size: float) -> None:
         stack.set_image_stack()
         stack.voxel_size = pixel_size
         _label(stack)
+    if hasattr(os, "posix_fallocate"):  # not on a Mac
+        with open(path, "r+b") as file:  # a full disk then is an error here, not a crash when the map is written to
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def put_images(path: Path, rows: slice, images: NDArray) -> None:

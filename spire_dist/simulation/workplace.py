@@ -9,6 +9,7 @@
 Called by `simulate.simulate`.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -67,6 +68,10 @@ def workplace(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
             yield place
         except KeyboardInterrupt:
             raise Stopped(f"{out}: stopped; what is made is kept in {place}, and the same command goes on") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(f"out: {place}: {error.strerror}; make room, and the same command goes on") from error
         for path in (*(place / "set").rglob("*"), place / "set"):
             flush(path)
         os.replace(place / "set", out)
@@ -75,7 +80,7 @@ def workplace(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
 
 
 def _place(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
+    return out.absolute().with_name(f".{out.absolute().name}.partial")
 
 
 def _held(lock: IO[str], path: Path) -> bool:
@@ -92,7 +97,11 @@ def _held(lock: IO[str], path: Path) -> bool:
 def _begin_or_go_on(place: Path, settings: dict[str, Any]) -> None:
     path = place / "settings.json"
     settings = json.loads(json.dumps(settings))
-    if not path.exists():
+    if not path.exists() or not (place / "set").is_dir():  # cut off as it began, or when the set had got its name
+        for left in place.iterdir():
+            if left.name != "lock":
+                remove(left)
+        (place / "set").mkdir()
         write_json(path, settings)
         return
     begun = json.loads(path.read_text())

@@ -116,6 +116,16 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, undisturbed, refusa
     assert hashes(out) == undisturbed
 
 
+def test_rest_of_a_finished_set_is_not_gone_on_with(tmp_path, undisturbed):
+    """Killed after the set got its name and before its workplace was removed; then the set was deleted."""
+    place = tmp_path / ".set.partial"
+    place.mkdir()
+    (place / "settings.json").write_text("{}")
+    (place / "progress.jsonl").write_text("[1, 2.0, 3.0]\n" * 9)
+    assert hashes(simulate(tmp_path / "set", **SETTINGS)) == undisturbed
+    assert not place.exists()
+
+
 def test_changed_input_file_is_refused(tmp_path, refusal, monkeypatch):
     table = tmp_path / "ctf.npy"
     np.save(table, np.full((10, 9), 1e4))
