@@ -27,6 +27,8 @@ GIB = 2**30
 
 def refuse_taken(out: Path) -> None:
     """Raise ConfigError where there is something that the set would replace."""
+    if out.name in ("", ".."):
+        raise ConfigError(f"out: {out} is no name for a new folder; name one in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out: {out} exists and is not an empty folder; choose a new one or remove it")
 
@@ -80,7 +82,7 @@ def workplace(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
 
 
 def _place(out: Path) -> Path:
-    return out.absolute().with_name(f".{out.absolute().name}.partial")
+    return out.with_name(f".{out.name}.partial")
 
 
 def _held(lock: IO[str], path: Path) -> bool:

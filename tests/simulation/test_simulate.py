@@ -3,6 +3,7 @@
 import filecmp
 import json
 import pickle
+from pathlib import Path
 
 import mrcfile
 import numpy as np
@@ -210,3 +211,9 @@ def test_folder_with_something_in_it_is_left_alone(tmp_path, refusal):
     (tmp_path / "thesis.txt").write_text("42")
     refusal(ConfigError, [str(tmp_path), "not an empty folder"], lambda: simulate(tmp_path, **SMALL))
     assert (tmp_path / "thesis.txt").read_text() == "42"
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_folder_without_a_name_is_refused(tmp_path, refusal, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    refusal(ConfigError, ["out", "name one in it"], lambda: simulate(Path(name), **SMALL))
