@@ -106,7 +106,8 @@ def simulate(
     settings = dict(locals())
     if seed < 0:
         raise ConfigError(f"seed: {seed}; give 0 or more")
-    _check(out, states, particles, snr, snr_at, shift_a, sign, box=box, pixel_size=pixel_size, resolution=resolution)
+    lengths = {"box": box, "pixel_size": pixel_size, "resolution": resolution, "ctf_box": ctf_box or box}
+    _check(out, states, particles, snr, snr_at, shift_a, sign, **lengths)
     settings["device"] = _device(device)
     ensemble = _states(model, rotate, axis, linker, omit, mixture, states, seed)
     _check_fits(ensemble, box, pixel_size, shift_a)
@@ -220,6 +221,8 @@ def _states(
     """The molecule in its states; exactly one of rotate, omit and mixture says how they differ."""
     ways = {"rotate": rotate, "omit": list(omit) or None, "mixture": mixture or None}
     given = {name: value for name, value in ways.items() if value is not None}
+    if linker is not None and rotate is None:
+        raise ConfigError(f"linker: {linker!r} given without rotate; name the part that hangs on it, as in H:1-230,L")
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)}: both given ({', '.join(map(repr, given.values()))}); choose one")
     if mixture:

@@ -1,14 +1,17 @@
 """Recipes: the benchmark's sets, small."""
 
+import inspect
 import itertools
 import json
+import re
 import sys
 
 import mrcfile
 import numpy as np
 import pytest
+from typer.main import get_command
 
-from spire_dist.cli import main
+from spire_dist.cli import app, main
 from spire_dist.errors import ConfigError
 from spire_dist.simulation.molecules import read_molecule
 from spire_dist.simulation.recipes import recipe
@@ -108,6 +111,21 @@ def test_options_win_over_the_recipe(tmp_path, monkeypatch, igg):
     assert len(list((tmp_path / "set/images").iterdir())) == 3
     residues = np.load(tmp_path / "set/residues.npz")
     assert residues["group_names"].tolist() == ["fixed", "H:1-230,L", "H:232-238"]
+
+
+def test_help_states_the_defaults_that_there_are():
+    defaults = inspect.signature(simulate).parameters
+    stated = 0
+    for option in get_command(app).commands["simulate"].params:
+        found = re.search(r"\[([^\]]+)\]\.?$", getattr(option, "help", None) or "")
+        if found and option.name != "proportions":  # "equal"
+            default = defaults[option.name].default
+            words = [
+                f"{x:g}" if isinstance(x, float) else str(x) for x in np.atleast_1d(np.array(default, dtype=object))
+            ]
+            assert found[1].split() == words, option.name
+            stated += 1
+    assert stated >= 14
 
 
 def test_scale_without_a_recipe_is_refused(tmp_path, monkeypatch, capsys):

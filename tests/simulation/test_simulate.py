@@ -197,6 +197,8 @@ def test_ribosome_states_lack_their_blocks(tmp_path, shared_data):
         ({"rotate": "Z", "axis": "A:1,A:9"}, ConfigError, ["'Z'", "A, B, F"]),
         ({"rotate": "A", "omit": ["", "B"]}, ConfigError, ["rotate and omit"]),
         ({"rotate": "A", "axis": "A:1,A:9", "linker": "F:1-3"}, ConfigError, ["axis and linker", "choose one"]),
+        ({"linker": "F:1-3"}, ConfigError, ["linker", "without rotate"]),
+        ({"ctf_box": -96}, ConfigError, ["ctf_box", "-96"]),
         ({"mixture": True}, ConfigError, ["mixture", "no model"]),
         ({"device": "tpu"}, ConfigError, ["device", "'tpu'", "auto"]),
         ({"box": 8192, "pixel_size": 1.0}, ConfigError, ["GiB", "free"]),
