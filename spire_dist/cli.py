@@ -62,6 +62,11 @@ def _options(
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="New folder for particles, truth maps, labels and poses.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A benchmark set: igg-1d, igg-rl, tomotwin, ribosembly; options given beside it win."),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Share of the recipe's images; the states stay [1].")] = None,
     model: Annotated[
         list[Path] | None,
         typer.Option(help="Atomic model (PDB or mmCIF, .gz too), repeatable; default: a built-in molecule."),
@@ -70,46 +75,61 @@ def simulate(
         str | None, typer.Option(help="Part that turns full circle over the states, e.g. H:1-213,L.")
     ] = None,
     axis: Annotated[str | None, typer.Option(help="Two residues the axis goes through, e.g. H:213,H:244.")] = None,
+    linker: Annotated[
+        str | None, typer.Option(help="Instead of the axis: what the part hangs on, a random coil, e.g. H:232-238.")
+    ] = None,
     omit: Annotated[
         list[str] | None,
         typer.Option(help='Instead: chains a state lacks; repeat it once per state ("" lacks nothing).'),
     ] = None,
-    states: Annotated[int, typer.Option(help="Number of states.")] = 20,
-    particles: Annotated[int, typer.Option(help="Images in all.")] = 5000,
-    proportions: Annotated[
-        str | None, typer.Option(help="Relative numbers of particles per state, e.g. 3,1,2.")
+    mixture: Annotated[
+        bool | None, typer.Option("--mixture", help="Instead: each --model is a state of its own.")
     ] = None,
-    box: Annotated[int, typer.Option(help="Image side, px.")] = 64,
-    pixel_size: Annotated[float, typer.Option(help="Å/px.")] = 6.0,
-    resolution: Annotated[float, typer.Option(help="Å; width of the atoms.")] = 3.0,
-    snr: Annotated[float, typer.Option(help="Signal variance over noise variance, whole images.")] = 0.1,
+    states: Annotated[int | None, typer.Option(help="Number of states [20].")] = None,
+    particles: Annotated[int | None, typer.Option(help="Images in all [5000].")] = None,
+    proportions: Annotated[
+        str | None, typer.Option(help="Relative numbers of particles per state, e.g. 3,1,2 [equal].")
+    ] = None,
+    box: Annotated[int | None, typer.Option(help="Image side, px [64].")] = None,
+    pixel_size: Annotated[float | None, typer.Option(help="Å/px [6].")] = None,
+    resolution: Annotated[float | None, typer.Option(help="Å; width of the atoms [3].")] = None,
+    snr: Annotated[float | None, typer.Option(help="Signal variance over noise variance, whole images [0.1].")] = None,
     snr_at: Annotated[
-        str, typer.Option(help="Box the SNR is meant in: `after` or `before` cropping from twice the box.")
-    ] = "after",
-    shift_a: Annotated[float, typer.Option(help="Å; shifts are uniform within ± this.")] = 30.0,
+        str | None,
+        typer.Option(help="Box the SNR is meant in: `after` or `before` cropping from twice the box [after]."),
+    ] = None,
+    shift_a: Annotated[float | None, typer.Option(help="Å; shifts are uniform within ± this [30].")] = None,
     ctf_table: Annotated[
         Path | None, typer.Option(help=".npy of CTF rows (cryoDRGN's nine columns) to draw from.")
     ] = None,
-    defocus_a: Annotated[tuple[float, float], typer.Option(help="Å; range of the defocus, without a table.")] = (
-        10000.0,
-        25000.0,
-    ),
-    b_factor: Annotated[float, typer.Option(help="Å²; envelope exp(-B s²/4).")] = 0.0,
-    sign: Annotated[str, typer.Option(help="+ for bright protein, - for dark.")] = "+",
-    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+    defocus_a: Annotated[
+        tuple[float, float] | None, typer.Option(help="Å; range of the defocus, without a table [10000 25000].")
+    ] = None,
+    b_factor: Annotated[float | None, typer.Option(help="Å²; envelope exp(-B s²/4) [0].")] = None,
+    hidden_b_factor: Annotated[
+        float | None, typer.Option(help="Å²; another one, which the written CTFs do not tell of [0].")
+    ] = None,
+    sign: Annotated[str | None, typer.Option(help="+ for bright protein, - for dark [+].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything random [0].")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to project: auto, cpu or cuda [auto].")] = None,
 ) -> None:
-    """Make a particle set with known truth, as the CryoBench benchmark does."""
-    from spire_dist.simulation.recipes import simulate as run
+    """Make a particle set with known truth, as the CryoBench benchmark does. The same command goes on after Ctrl-C."""
+    from spire_dist.errors import ConfigError
+    from spire_dist.simulation.recipes import recipe as read_recipe
+    from spire_dist.simulation.simulate import simulate as run
 
-    shares = None if proportions is None else _numbers("--proportions", proportions)
-    run(
-        out, model=model, rotate=rotate, axis=axis, omit=omit or (), states=states, particles=particles, proportions=shares,
-        box=box, pixel_size=pixel_size, resolution=resolution, snr=snr, snr_at=snr_at, shift_a=shift_a, ctf_table=ctf_table,  # type: ignore[arg-type]
-        defocus_a=defocus_a, b_factor=b_factor, sign=sign, seed=seed,  # type: ignore[arg-type]
-    )  # fmt: skip
-    print(
-        f"{out}: {particles} images of {box} px at {pixel_size} Å/px; next: spire-dist prep {out}/particles.star STORE"
-    )
+    options = {
+        "model": model, "rotate": rotate, "axis": axis, "linker": linker, "omit": omit, "mixture": mixture, "states": states,
+        "particles": particles, "box": box, "pixel_size": pixel_size, "resolution": resolution, "snr": snr, "snr_at": snr_at,
+        "shift_a": shift_a, "ctf_table": ctf_table, "defocus_a": defocus_a, "b_factor": b_factor,
+        "hidden_b_factor": hidden_b_factor, "sign": sign, "seed": seed, "device": device,
+        "proportions": None if proportions is None else _numbers("--proportions", proportions),
+    }  # fmt: skip
+    if scale is not None and recipe is None:
+        raise ConfigError(f"--scale {scale}: of which recipe? give --recipe, or --particles instead")
+    base = {} if recipe is None else read_recipe(recipe, 1.0 if scale is None else scale, len(model or ()))
+    run(out, **(base | {name: value for name, value in options.items() if value is not None}))
+    print(f"{out}: ready; next: spire-dist prep {out}/particles.star STORE")
 
 
 @app.command()

@@ -103,7 +103,7 @@ def refusal() -> Refusal:
 @pytest.fixture(scope="session")
 def tiny_truth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 simulated images, 24 px of 16 Å, of the built-in molecule in four states."""
-    from spire_dist.simulation.recipes import simulate
+    from spire_dist.simulation.simulate import simulate
 
     out = tmp_path_factory.mktemp("tiny") / "truth"
     return simulate(out, states=4, particles=240, box=24, pixel_size=16.0, resolution=30.0, snr=1.0, shift_a=16.0)

@@ -1,8 +1,9 @@
 """The files of a simulated data set, laid out as the CryoBench benchmark lays out its own.
 
-Called by `recipes.simulate`. Nothing here holds a date or a path, so that equal inputs give equal bytes.
+Called by `simulate.simulate`. Nothing here holds a date or a path, so that equal inputs give equal bytes.
 """
 
+import os
 import pickle
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from spire_dist.physics.poses import relion_angles_from_matrices
-from spire_dist.simulation.molecules import States
+from spire_dist.simulation.states import States
 
 MASK_LEVEL, MASK_GROWTH = 0.02, 2
 """The mask: average map above this fraction of its maximum, grown by a ball of this many voxels."""
@@ -28,13 +29,16 @@ def create_stack(path: Path, count: int, box: int, pixel_size: float) -> None:
         stack.set_image_stack()
         stack.voxel_size = pixel_size
         _label(stack)
+    if hasattr(os, "posix_fallocate"):  # not on a Mac
+        with open(path, "r+b") as file:  # a full disk then is an error here, not a crash when the map is written to
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
-def add_images(path: Path, rows: slice, images: NDArray) -> None:
-    """Add `images` to these rows of a stack on disk."""
+def put_images(path: Path, rows: slice, images: NDArray) -> None:
+    """Write `images` into these rows of a stack on disk."""
     with mrcfile.mmap(path, mode="r+") as stack:
         assert stack.data is not None
-        stack.data[rows] += images.astype(np.float32)
+        stack.data[rows] = images
 
 
 def write_map(path: Path, volume: NDArray[np.float32], pixel_size: float) -> None:
@@ -66,13 +70,16 @@ def write_tables(
     ctf: NDArray[np.float32],
     box: int,
     pixel_size: float,
+    ctf_box: int,
 ) -> None:
     """particles.star and the three pickles, for particles in order of their states.
 
-    counts [S], rotations [N, 3, 3], shifts [N, 2] Å (where the particle is), ctf [N, 9] of `schema.CTF_COLUMNS`.
+    counts [S], rotations [N, 3, 3], shifts [N, 2] Å (where the particle is), ctf [N, 9] of `schema.CTF_COLUMNS`. The pickle
+    of the CTF is written for `ctf_box` px on the same width; cryoDRGN and `spire-dist prep` scale from there.
     """
     _write_star(out / "particles.star", counts, rotations, shifts, ctf, box, pixel_size)
-    own_columns = np.broadcast_to(np.array([box, pixel_size], dtype=np.float32), (len(ctf), 2))
+    grid = np.array([ctf_box, box * pixel_size / ctf_box], dtype=np.float32)
+    own_columns = np.broadcast_to(grid, (len(ctf), 2))
     pickles = {
         "gt_latents": np.repeat(np.arange(len(counts)), counts),
         # cryoDRGN's translation is the one that centres the particle, in fractions of the box.

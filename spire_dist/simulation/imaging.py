@@ -1,4 +1,4 @@
-"""From atoms to noiseless images and true maps, in one and the same band limit. Called by `recipes.simulate`.
+"""From atoms to noiseless images and true maps, in one and the same band limit. Called by `simulate.simulate`.
 
 Atoms are Gaussians (ChimeraX's molmap: σ = 0.225 × resolution), often far narrower than a pixel, where point sampling
 aliases. So they are drawn on a grid twice as fine with a width w of one fine pixel, which aliases by less than 1e-4
@@ -43,9 +43,10 @@ def noiseless_images(
     """Sign × CTF × projection, [B, box, box], electrons/Å², band-limited to the box.
 
     coordinates [A, 3] Å, weights [A] electrons, rotations [B, 3, 3], shifts [B, 2] Å, ctf [B, 9] (None: no microscope),
-    resolution Å, pixel_size Å/px.
+    resolution Å, pixel_size Å/px. Computed where the rotations are.
     """
-    centres, amplitudes, widths = _drawable(coordinates, weights, pixel_size)
+    device = rotations.device
+    centres, amplitudes, widths = (t.to(device) for t in _drawable(coordinates, weights, pixel_size))
     fine = projector.project(
         centres,
         amplitudes,
@@ -57,7 +58,7 @@ def noiseless_images(
         cut=CUT,
     )
     spectrum = _cropped(torch.fft.rfft2(torch.fft.ifftshift(fine, dim=(1, 2))), box, dims=(1,))
-    grid_x, grid_y = frequency_grid(box, pixel_size)
+    grid_x, grid_y = frequency_grid(box, pixel_size, device)
     spectrum = spectrum * _width_correction(grid_x**2 + grid_y**2, resolution, pixel_size)
     if ctf is not None:
         spectrum = spectrum * contrast_transfer(ctf, grid_x, grid_y)

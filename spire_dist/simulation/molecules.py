@@ -1,7 +1,6 @@
-"""Molecules to simulate: atomic models read with gemmi, or an antibody-like one made on the spot, and their states.
+"""Molecules to simulate: atomic models read with gemmi, or an antibody-like one made on the spot.
 
-A state is a set of coordinates and a set of atoms that are there: one part turned about an axis, or blocks left out.
-Called by `recipes.simulate`. Numpy and gemmi only.
+Called by `simulate.simulate`, which puts them into states (`states`). Numpy and gemmi only.
 
 A selection names chains and residues: `H:1-213,L` is residues 1 to 213 of chain H and the whole of chain L. Where
 several files make one molecule, a chain is called after its file: `RNA1.A`.
@@ -9,7 +8,7 @@ several files make one molecule, a chain is called after its file: `RNA1.A`.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gemmi
@@ -36,20 +35,6 @@ class Molecule:
     residues: NDArray[np.int64]
     representative: NDArray[np.bool_]
     """One atom of each residue: CA, P or the bead itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class States:
-    """A molecule in S states; the centre of mass of their average is the origin."""
-
-    molecule: Molecule
-    coordinates: NDArray[np.float64]
-    """[S, A, 3], Å."""
-    present: NDArray[np.bool_]
-    """[S, A]; False where the state lacks the atom."""
-    group: NDArray[np.int64]
-    """[A]; 0 = fixed and always there, k = the k-th part that moves or comes and goes."""
-    group_names: tuple[str, ...]
 
 
 def read_molecule(paths: Sequence[Path]) -> Molecule:
@@ -178,44 +163,3 @@ def axis_points(molecule: Molecule, axis: str) -> NDArray[np.float64]:
     if len(points) != 2 or np.allclose(points[0], points[1]):
         raise ConfigError(f"axis {axis!r}: {len(points)} points; name two different residues, as in H:213,H:244")
     return np.array(points)
-
-
-def turning_states(molecule: Molecule, moving: str, axis: NDArray[np.float64], count: int) -> States:
-    """`count` states with the selection `moving` turned about `axis` [2, 3] in equal steps of a full turn."""
-    chosen = select(molecule, moving)
-    origin, direction = axis[0], (axis[1] - axis[0]) / np.linalg.norm(axis[1] - axis[0])
-    coordinates = np.repeat(molecule.coordinates[None], count, axis=0)
-    for state in range(count):
-        turn = Rotation.from_rotvec(2 * np.pi * state / count * direction)
-        coordinates[state, chosen] = turn.apply(molecule.coordinates[chosen] - origin) + origin
-    present = np.ones((count, len(chosen)), dtype=bool)
-    return _centred(molecule, coordinates, present, chosen.astype(np.int64), ("fixed", moving))
-
-
-def assembly_states(molecule: Molecule, omit: Sequence[str]) -> States:
-    """One state for each selection of `omit`, which that state lacks; an empty one leaves the molecule whole.
-
-    Atoms that come and go together are one group, named after the states that lack it.
-    """
-    present = np.array(
-        [~select(molecule, o) if o.strip() else np.ones(len(molecule.weights), dtype=bool) for o in omit]
-    )
-    for state, there in enumerate(present):
-        if not there.any():
-            raise ConfigError(
-                f"omit {omit[state]!r}: leaves nothing of the molecule in state {state}; omit fewer chains"
-            )
-    patterns, group = np.unique(~present, axis=1, return_inverse=True)  # patterns [S, G], the all-False one sorts first
-    names = ["absent in " + " ".join(map(str, np.flatnonzero(p))) if p.any() else "fixed" for p in patterns.T]
-    if names[0] != "fixed":
-        names, group = ["fixed", *names], group + 1
-    coordinates = np.repeat(molecule.coordinates[None], len(omit), axis=0)
-    return _centred(molecule, coordinates, present, group.reshape(-1).astype(np.int64), tuple(names))
-
-
-def _centred(molecule, coordinates, present, group, names) -> States:
-    """Move everything by one vector, so that the states keep their common frame."""
-    mass = present * molecule.weights  # [S, A]
-    centre = np.einsum("sa,sax->x", mass, coordinates) / mass.sum()
-    molecule = replace(molecule, coordinates=molecule.coordinates - centre)
-    return States(molecule=molecule, coordinates=coordinates - centre, present=present, group=group, group_names=names)

@@ -80,3 +80,16 @@ def test_dark_protein_is_the_negative_image(beads):
     bright = noiseless_images(*beads, *pose, resolution=3.0, box=40, pixel_size=8.0)
     dark = noiseless_images(*beads, *pose, resolution=3.0, box=40, pixel_size=8.0, sign=-1)
     assert torch.equal(bright, -dark)
+
+
+@pytest.mark.gpu
+def test_gpu_makes_the_images_that_the_cpu_makes(beads):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    pose = [torch.from_numpy(random_rotations(5, seed=1)), 20 * torch.rand(5, 2)]
+    ctf = torch.tensor([[18000, 14000, 35, 300, 2.7, 0.1, 0, 100, 1.0]]).repeat(5, 1)
+    own, other = (
+        noiseless_images(*beads, *(t.to(device) for t in (*pose, ctf)), resolution=3.0, box=64, pixel_size=6.0).cpu()
+        for device in ("cpu", "cuda")
+    )
+    assert float((own - other).norm()) < 1e-4 * float(own.norm())

@@ -1,18 +1,11 @@
-"""Atomic models, selections and states."""
+"""Atomic models and selections."""
 
 import gemmi
 import numpy as np
 import pytest
 
 from spire_dist.errors import ConfigError, SourceError
-from spire_dist.simulation.molecules import (
-    assembly_states,
-    axis_points,
-    procedural_antibody,
-    read_molecule,
-    select,
-    turning_states,
-)
+from spire_dist.simulation.molecules import axis_points, procedural_antibody, read_molecule, select
 
 FAB, HINGE = "H:1-213,L", "H:213,H:244"
 
@@ -88,51 +81,6 @@ def test_file_that_is_no_model_is_refused(tmp_path, refusal, name, content, word
     if content is not None:
         (tmp_path / name).write_text(content)
     refusal(SourceError, [name, *words], lambda: read_molecule([tmp_path / name]))
-
-
-def test_turning_moves_the_part_rigidly_in_equal_steps_and_nothing_else(antibody):
-    states = turning_states(antibody, FAB, axis_points(antibody, HINGE), 5)
-    fab = select(antibody, FAB)
-    assert np.ptp(states.coordinates[:, ~fab], axis=0).max() == 0
-    assert states.present.all()
-    np.testing.assert_array_equal(states.group, fab)
-    hinge = antibody.representative & select(antibody, "H:213")
-    assert np.ptp(states.coordinates[:, hinge], axis=0).max() < 1e-9
-    some = np.flatnonzero(fab)[::100]
-    inside = np.linalg.norm(states.coordinates[:, some, None] - states.coordinates[:, None, some], axis=-1)
-    np.testing.assert_allclose(inside, np.broadcast_to(inside[0], inside.shape), atol=1e-9)
-    steps = np.linalg.norm(np.roll(states.coordinates, -1, axis=0) - states.coordinates, axis=-1)[:, fab]
-    np.testing.assert_allclose(
-        steps, np.broadcast_to(steps[0], steps.shape), atol=1e-9
-    )  # the last one closes the circle
-    deviation = states.coordinates[:, fab] - states.coordinates[:, fab].mean(axis=0)
-    assert 20 < np.sqrt((deviation**2).sum(-1).mean()) < 30  # Å
-
-
-def test_all_states_share_one_frame_whose_origin_is_the_mean_centre_of_mass(antibody):
-    states = turning_states(antibody, FAB, axis_points(antibody, HINGE), 4)
-    centre = (states.coordinates * antibody.weights[:, None]).sum((0, 1))
-    np.testing.assert_allclose(centre / antibody.weights.sum(), 0, atol=1e-9)
-    np.testing.assert_allclose(states.molecule.coordinates, states.coordinates[0], atol=1e-9)
-
-
-def test_assembly_states_group_what_comes_and_goes_together(shared_data):
-    blocks = sorted((shared_data / "models/lkinman+MAVEn/protocol_examples").glob("*.pdb.gz"))
-    ribosome = read_molecule(blocks)
-    assert len(set(ribosome.chains.tolist())) == 136  # as gemmi counts them, file by file: no two files share one
-    five_s = ",".join(sorted({c for c in ribosome.chains.tolist() if c.startswith("RNA_5S")}))
-    omit = ["", five_s, f"{five_s},prots1.A", "prots1.A,prots2.B"]
-    states = assembly_states(ribosome, omit)
-    mass = (states.present * ribosome.weights).sum(1)
-    expected = [0, *(ribosome.weights[select(ribosome, o)].sum() for o in omit[1:])]
-    np.testing.assert_allclose(mass, ribosome.weights.sum() - np.array(expected))
-    assert states.group_names == ("fixed", "absent in 3", "absent in 2 3", "absent in 1 2")
-    for chain, name in [("prots2.B", 1), ("prots1.A", 2), ("RNA_5S.A", 3), ("RNA1.A", 0)]:
-        assert set(states.group[ribosome.chains == chain].tolist()) == {name}
-
-
-def test_state_without_any_atoms_is_refused(antibody, refusal):
-    refusal(ConfigError, ["omit", "state 1"], lambda: assembly_states(antibody, ["", "A,B,H,K,L,M"]))
 
 
 def test_procedural_molecule_is_decided_by_its_seed_and_looks_like_a_protein():

@@ -1,252 +1,156 @@
-"""Simulated data sets: every file against the others, and against the parameters asked for."""
+"""Recipes: the benchmark's sets, small."""
 
-import filecmp
+import inspect
+import itertools
 import json
-import pickle
+import re
+import sys
 
 import mrcfile
 import numpy as np
 import pytest
-import roma
-import starfile
-import torch
-from scipy import ndimage
+from typer.main import get_command
 
-from spire_dist.errors import ConfigError, SourceError
-from spire_dist.simulation.recipes import simulate
+from spire_dist.cli import app, main
+from spire_dist.errors import ConfigError
+from spire_dist.simulation.molecules import read_molecule
+from spire_dist.simulation.recipes import recipe
+from spire_dist.simulation.simulate import simulate
+from spire_dist.simulation.states import assembly_states
 
-SMALL = {"states": 3, "particles": 60, "box": 48, "pixel_size": 8.0, "seed": 1}
-
-
-def images_of(folder):
-    return np.concatenate([mrcfile.read(path) for path in sorted((folder / "images").iterdir())])
-
-
-def maps_of(folder):
-    return np.stack([mrcfile.read(path) for path in sorted((folder / "vols/48_org").iterdir())])
-
-
-def unpickled(path):
-    return pickle.loads(path.read_bytes())
+NAMES = ["igg-1d", "igg-rl", "tomotwin", "ribosembly"]
+PUBLISHED = [
+    9076, 14378, 23547, 44366, 30647, 38500, 3915, 3980, 12740, 11975, 17988, 5001, 35367, 37448, 40540, 5772,
+]  # fmt: skip
+QUICK = {"box": 32, "pixel_size": 12.0, "snr": 1.0}
 
 
 @pytest.fixture(scope="module")
-def noisy(tmp_path_factory):
-    return simulate(tmp_path_factory.mktemp("noisy") / "set", **SMALL, snr=0.5, proportions=[1, 3, 2])
+def igg(shared_data):
+    return shared_data / "models/sarata00+SBI_Project/1hzh.pdb.gz"
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory):
-    return simulate(tmp_path_factory.mktemp("clean") / "set", **SMALL, snr=float("inf"), proportions=[1, 3, 2])
+def blocks(shared_data):
+    return sorted((shared_data / "models/lkinman+MAVEn/protocol_examples").glob("*.pdb.gz"))
 
 
-def test_particles_come_in_order_of_states_with_the_counts_asked_for(noisy):
-    labels = unpickled(noisy / "gt_latents.pkl")
-    np.testing.assert_array_equal(labels, np.repeat([0, 1, 2], [10, 30, 20]))
-    names = starfile.read(noisy / "particles.star")["particles"]["rlnImageName"]
-    assert [int(name.split("/")[-1].split(".")[0]) for name in names] == labels.tolist()
-    assert [int(name.split("@")[0]) for name in names] == [*range(1, 11), *range(1, 31), *range(1, 21)]
-    for state, count in enumerate([10, 30, 20]):
-        with mrcfile.open(noisy / f"images/{state:03d}.mrcs") as stack:
-            assert stack.data.shape == (count, 48, 48)
-            assert stack.is_image_stack()
-            assert stack.voxel_size.x == pytest.approx(8.0)
-    assert all(mrcfile.validate(path, print_file=None) for path in noisy.rglob("*.mrc"))
+@pytest.mark.parametrize("name", NAMES)
+def test_all_recipes_make_the_benchmarks_images(name):
+    settings = recipe(name, models=100)
+    assert settings["particles"] == (335240 if name == "ribosembly" else 100000)
+    assert (settings["box"], settings["pixel_size"], settings["ctf_box"], settings["snr_at"]) == (
+        128,
+        3.0,
+        256,
+        "before",
+    )
+    assert (settings["snr"], settings["shift_a"], settings["hidden_b_factor"], settings["sign"]) == (0.01, 30, 100, "+")
+    assert settings["table_voltage_kv"] == settings["voltage_kv"] == 300
+    assert recipe(name, scale=0.01, models=100)["particles"] == settings["particles"] // 100
+    assert recipe(name, scale=0.01)["scale"] == 0.01
 
 
-def test_pickles_say_what_the_star_file_says_in_cryodrgns_conventions(noisy):
-    star = starfile.read(noisy / "particles.star")
-    optics, particles = star["optics"].iloc[0], star["particles"]
-    rotations, translations = unpickled(noisy / "combined_poses.pkl")
-    angles = torch.from_numpy(particles[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy())
-    expected = roma.euler_to_rotmat("ZYZ", angles, degrees=True).transpose(1, 2)
-    np.testing.assert_allclose(rotations, expected, atol=1e-5)
-    # Both RELION's origin and cryoDRGN's translation centre the particle: equal signs.
-    origins = particles[["rlnOriginXAngst", "rlnOriginYAngst"]].to_numpy()
-    np.testing.assert_allclose(translations, origins / (48 * 8.0), atol=1e-7)
-    assert 20 < np.abs(origins).max() <= 30
-    ctf = unpickled(noisy / "combined_ctfs.pkl")
-    own = [optics[f"rln{k}"] for k in ("ImageSize", "ImagePixelSize")]
-    beam = [optics[f"rln{k}"] for k in ("Voltage", "SphericalAberration", "AmplitudeContrast")]
-    assert own == [48, 8.0]
-    columns = ["rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnPhaseShift"]
-    u_v_angle_phase = particles[columns].to_numpy()
-    np.testing.assert_allclose(ctf[:, :2], np.tile(own, (60, 1)))
-    np.testing.assert_allclose(ctf[:, 2:5], u_v_angle_phase[:, :3], rtol=1e-6)
-    np.testing.assert_allclose(ctf[:, 5:8], np.tile(beam, (60, 1)), rtol=1e-6)
-    np.testing.assert_allclose(ctf[:, 8], u_v_angle_phase[:, 3])
-    assert ctf.dtype == np.float32
+def test_images_of_a_mixture_follow_its_models():
+    assert recipe("tomotwin", models=7)["particles"] == 7000
 
 
-def test_images_show_the_true_maps_in_the_written_poses(clean):
-    """Poses as cryoDRGN reads them, maps turned by scipy; without CTF, which would hide a hand or a sign in ripples."""
-    rotations, translations = unpickled(clean / "combined_poses.pkl")
-    labels, images, maps = unpickled(clean / "gt_latents.pkl"), images_of(clean), maps_of(clean)
-    for i in (0, 12, 45):
-        back = rotations[i].T[::-1, ::-1].astype(float)
-        turned = ndimage.affine_transform(maps[labels[i]], back, offset=24 - back @ np.full(3, 24), order=3)
-        projection = ndimage.shift(turned.sum(0), -translations[i, ::-1] * 48, order=3)
-        low = np.abs(np.fft.fftfreq(48, 8.0)) < 0.008  # 1/Å: before the first zero of the CTF at 2.5 µm, 1/70 Å
-        keep = low[:, None] & low
-        found, expected = (np.fft.fft2(a)[keep] for a in (images[i], projection))
-        found[0] = expected[0] = 0  # the mean
-        cosine = (found.conj() * expected).sum().real / np.linalg.norm(found) / np.linalg.norm(expected)
-        assert cosine > 0.95
+def test_ribosembly_has_the_published_counts(tmp_path):
+    settings = recipe("ribosembly")
+    assert settings["proportions"] == PUBLISHED
+    assert len(settings["omit"]) == 16
+    assert settings["omit"][15] == ""
 
 
-def test_noise_has_the_stated_ratio_over_the_whole_set_and_is_white(noisy, clean):
-    signal, noise = images_of(clean), images_of(noisy) - images_of(clean)
-    report = json.loads((noisy / "simulation.json").read_text())
-    assert signal.var() / noise.var() == pytest.approx(0.5, rel=0.02)
-    assert report["noise_std"] == pytest.approx(noise.std(), rel=0.01)
-    assert report["signal_std"] == pytest.approx(signal.std(), rel=1e-5)
-    assert report["snr_box"] == 48
-    power = np.abs(np.fft.fft2(noise)) ** 2
-    assert power[:, :12, :12].mean() == pytest.approx(power[:, 18:30, 18:30].mean(), rel=0.05)
-    per_image = noise.std(axis=(1, 2))
-    assert per_image.std() / per_image.mean() < 0.03  # one σ for all, not one for each
-
-
-def test_ratio_before_the_crop_is_four_times_higher_after_it(tmp_path, clean):
-    out = simulate(tmp_path / "set", **SMALL, snr=0.1, snr_at="before", proportions=[1, 3, 2])
-    signal, noise = images_of(clean), images_of(out) - images_of(clean)
-    assert signal.var() / noise.var() == pytest.approx(0.4, rel=0.02)
-    assert json.loads((out / "simulation.json").read_text())["snr_box"] == 96
-
-
-def test_dark_protein_is_the_negative_of_bright(tmp_path, clean):
-    dark = simulate(tmp_path / "set", **SMALL, snr=float("inf"), proportions=[1, 3, 2], sign="-")
-    np.testing.assert_array_equal(images_of(dark), -images_of(clean))
-    np.testing.assert_array_equal(maps_of(dark), maps_of(clean))
-
-
-def test_mask_is_the_average_above_two_percent_grown_by_two_voxels(noisy):
-    average = maps_of(noisy).mean(axis=0)
-    mask = mrcfile.read(noisy / "init_mask/mask.mrc")
-    expected = ndimage.distance_transform_edt(average <= 0.02 * average.max()) <= 2
-    np.testing.assert_array_equal(mask, expected)
-    assert 0 < mask.sum() < 0.2 * mask.size
-
-
-def test_residues_lie_in_the_density_of_their_own_state(noisy):
-    residues, maps = np.load(noisy / "residues.npz"), maps_of(noisy)
-    coordinates, group = residues["coordinates"], residues["group"]
-    assert residues["group_names"].tolist() == ["fixed", "A"]
-    assert residues["present"].all()
-    density = np.array(
-        [
-            [ndimage.map_coordinates(v, c[group == 1].T[::-1] / 8.0 + 24, order=1).mean() for c in coordinates]
-            for v in maps
-        ]
-    )  # [map, coordinates]
-    assert (np.diag(density) > 2 * (density.sum(1) - np.diag(density)) / 2).all()
-    assert not np.allclose(coordinates[0, group == 1], coordinates[1, group == 1], atol=10)
-    np.testing.assert_array_equal(coordinates[0, group == 0], coordinates[1, group == 0])
-
-
-def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, noisy):
-    again = simulate(tmp_path / "again", **SMALL, snr=0.5, proportions=[1, 3, 2])
-    files = sorted(path.relative_to(noisy) for path in noisy.rglob("*") if path.is_file())
-    assert len(files) == 3 + 3 + 1 + 6
-    _, different, missing = filecmp.cmpfiles(noisy, again, files, shallow=False)
-    assert (different, missing) == ([], [])
-    other = simulate(tmp_path / "other", **(SMALL | {"seed": 2}), snr=0.5, proportions=[1, 3, 2])
-    assert filecmp.cmpfiles(noisy, other, ["particles.star", "images/000.mrcs"], shallow=False)[0] == []
-
-
-def test_ctfs_come_from_the_rows_of_a_table(tmp_path):
-    table = np.random.default_rng(0).uniform(1e4, 2e4, (100, 9)).astype(np.float32)
-    table[:, :2], table[:, 5:] = (360, 1.34), (300, 2.0, 0.1, 0)
-    table[50:, 5:] = (200, 1.4, 0.08, 90)
-    np.save(tmp_path / "ctf.npy", table)
-    out = simulate(tmp_path / "set", **SMALL, ctf_table=tmp_path / "ctf.npy")
-    ctf = unpickled(out / "combined_ctfs.pkl")
-    rows = {tuple(row) for row in table[:, 2:].tolist()}
-    assert len({tuple(row) for row in ctf[:, 2:].tolist()} & rows) == 60  # without replacement
-    star = starfile.read(out / "particles.star")
-    assert star["optics"]["rlnVoltage"].tolist() == [200, 300]
-    voltages = star["optics"].set_index("rlnOpticsGroup")["rlnVoltage"][star["particles"]["rlnOpticsGroup"]]
-    np.testing.assert_array_equal(voltages, ctf[:, 5])
-    assert json.loads((out / "simulation.json").read_text())["voltage_kv"] is None
-
-
-def test_defocus_stays_in_its_range_with_the_astigmatism_asked_for(clean):
-    ctf = unpickled(clean / "combined_ctfs.pkl")
-    mean = ctf[:, 2:4].mean(axis=1)
-    assert mean.min() >= 10000
-    assert mean.max() <= 25000
-    np.testing.assert_allclose(ctf[:, 2] - ctf[:, 3], 500, atol=0.01)
-
-
-def test_ribosome_states_lack_their_blocks(tmp_path, shared_data):
-    """Like Ribosembly: blocks of several files, left out in some states, with unequal counts."""
-    models = [
-        shared_data / f"models/lkinman+MAVEn/protocol_examples/{name}.pdb.gz" for name in ("RNA_5S", "prots2", "RNA1")
-    ]
-    out = simulate(
-        tmp_path / "set", model=models, omit=["", "RNA_5S.A,RNA_5S.B", "prots2.A"], proportions=[1, 2, 5], particles=16,
-        box=48, pixel_size=8.0, shift_a=10, seed=3,
-    )  # fmt: skip
-    report = json.loads((out / "simulation.json").read_text())
-    assert report["counts"] == [2, 4, 10]
-    assert report["states"] == 3
-    residues = np.load(out / "residues.npz")
-    chains = residues["chain"]
-    assert not residues["present"][1][np.isin(chains, ["RNA_5S.A", "RNA_5S.B"])].any()
-    assert residues["present"][1][~np.isin(chains, ["RNA_5S.A", "RNA_5S.B"])].all()
-    maps = maps_of(out)
-    difference = maps[0] - maps[1]
-    where = np.round(residues["coordinates"][0][np.isin(chains, ["RNA_5S.A", "RNA_5S.B"])] / 8.0 + 24).astype(int)
-    core = np.zeros((48,) * 3, dtype=bool)
-    core[where[:, 2], where[:, 1], where[:, 0]] = True
-    near = ndimage.binary_dilation(core, iterations=3)
-    assert difference[near].sum() > 0.98 * difference.sum() > 0
+def test_states_of_the_ribosome_differ_by_whole_groups_of_blocks(blocks):
+    ribosome = read_molecule(blocks)
+    states = assembly_states(ribosome, recipe("ribosembly")["omit"])
+    electrons = states.present * ribosome.weights
+    for a, b in itertools.combinations(electrons, 2):
+        assert np.abs(a - b).sum() > 15_000  # H68, H69 and H71 have 19,898
+    whole = electrons[15].sum()
+    assert electrons[0].sum() < 0.2 * whole
+    assert np.median(electrons.sum(axis=1)) > 0.6 * whole
+    by_chain = [set(states.present[:, ribosome.chains == chain].mean(axis=1)) for chain in set(ribosome.chains)]
+    assert all(shares <= {0.0, 1.0} for shares in by_chain)
+    assert states.present.all(axis=0)[np.isin(ribosome.chains, [f"RNA1.{c}" for c in "BCDEFGHIJKLMNOPQRSTUVW"])].all()
+    # Ten groups: the nine that come and go, and what is always there.
+    assert len(set(states.group.tolist())) == 10
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "words"),
+    ("name", "scale", "models", "words"),
     [
-        ({"box": 20}, ConfigError, ["box", "20 px", "give a box of"]),
-        ({"snr": 0}, ConfigError, ["snr", "0"]),
-        ({"snr_at": "during"}, ConfigError, ["snr_at", "'during'", "before"]),
-        ({"sign": "x"}, ConfigError, ["sign", "'x'"]),
-        ({"pixel_size": -1.0}, ConfigError, ["pixel_size", "-1.0"]),
-        ({"shift_a": -5.0}, ConfigError, ["shift_a", "-5.0"]),
-        ({"particles": 2}, ConfigError, ["particles", "2", "state"]),
-        ({"proportions": [1, 2]}, ConfigError, ["proportions", "3 states"]),
-        ({"proportions": [1, 2, -3]}, ConfigError, ["proportions", "-3"]),
-        ({"defocus_a": (2.0e4, 1.0e4)}, ConfigError, ["defocus_a", "20000"]),
-        ({"rotate": "A"}, ConfigError, ["axis", "H:213"]),
-        ({"rotate": "Z", "axis": "A:1,A:9"}, ConfigError, ["'Z'", "A, B, F"]),
-        ({"rotate": "A", "omit": ["", "B"]}, ConfigError, ["rotate and omit"]),
+        ("igg", 1.0, 1, ["'igg'", *NAMES]),
+        ("common", 1.0, 1, ["'common'", *NAMES]),
+        ("igg-1d", 0.0, 1, ["scale", "0.0"]),
+        ("igg-1d", 1.5, 1, ["scale", "1.5"]),
+        ("igg-rl", 1.0, 0, ["igg-rl", "1HZH", "--model"]),
     ],
 )
-def test_setting_that_cannot_be_used_is_refused_before_anything_is_written(tmp_path, refusal, options, error, words):
-    refusal(error, words, lambda: simulate(tmp_path / "set", **(SMALL | options)))
+def test_recipe_that_cannot_be_made_is_refused(refusal, name, scale, models, words):
+    refusal(ConfigError, words, lambda: recipe(name, scale, models))
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["spire-dist", "simulate", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code or 0
+
+
+def test_options_win_over_the_recipe(tmp_path, monkeypatch, igg):
+    words = ["--recipe", "igg-rl", "--scale", 0.0003, "--model", igg, "--box", 32, "--pixel-size", 12, "--states", 3]
+    assert command(monkeypatch, tmp_path / "set", *words, "--hidden-b-factor", 0, "--linker", "H:240-242") == 2
+    assert command(monkeypatch, tmp_path / "set", *words, "--hidden-b-factor", 0, "--sign", "-") == 0
+    report = json.loads((tmp_path / "set/simulation.json").read_text())
+    assert (report["recipe"], report["scale"], report["states"]) == ("igg-rl", 0.0003, 3)
+    assert (report["hidden_b_factor"], report["sign"], report["box"]) == (0, "-", 32)
+    assert (report["snr"], report["snr_box"], report["linker"], report["seed"]) == (0.01, 64, "H:232-238", 0)
+    assert report["counts"] == [10, 10, 10]
+    assert len(list((tmp_path / "set/images").iterdir())) == 3
+    residues = np.load(tmp_path / "set/residues.npz")
+    assert residues["group_names"].tolist() == ["fixed", "H:1-230,L", "H:232-238"]
+
+
+def test_help_states_the_defaults_that_there_are():
+    defaults = inspect.signature(simulate).parameters
+    stated = 0
+    for option in get_command(app).commands["simulate"].params:
+        found = re.search(r"\[([^\]]+)\]\.?$", getattr(option, "help", None) or "")
+        if found and option.name != "proportions":  # "equal"
+            default = defaults[option.name].default
+            words = [
+                f"{x:g}" if isinstance(x, float) else str(x) for x in np.atleast_1d(np.array(default, dtype=object))
+            ]
+            assert found[1].split() == words, option.name
+            stated += 1
+    assert stated >= 14
+
+
+def test_scale_without_a_recipe_is_refused(tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, tmp_path / "set", "--scale", 0.1) == 2
+    assert "--recipe" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [None, b"hello", np.zeros((4, 7)), np.full((4, 9), np.nan)])
-def test_ctf_table_that_is_none_is_refused(tmp_path, refusal, content):
-    path = tmp_path / "ctf.npy"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        np.save(path, content)
-    refusal(SourceError, ["ctf_table", "ctf.npy"], lambda: simulate(tmp_path / "set", **SMALL, ctf_table=path))
+def test_turning_recipe_makes_a_closed_circle(tmp_path, igg):
+    out = simulate(tmp_path / "set", model=igg, **(recipe("igg-1d", 0.001) | QUICK | {"states": 6}))
+    maps = np.stack([mrcfile.read(path) for path in sorted((out / "vols/32_org").iterdir())])
+    steps = np.linalg.norm((maps - np.roll(maps, 1, axis=0)).reshape(6, -1), axis=1)
+    assert steps.max() < 2 * steps.min()
 
 
-def test_folder_with_something_in_it_is_left_alone(tmp_path, refusal):
-    (tmp_path / "thesis.txt").write_text("42")
-    refusal(ConfigError, [str(tmp_path), "not an empty folder"], lambda: simulate(tmp_path, **SMALL))
-    assert (tmp_path / "thesis.txt").read_text() == "42"
-
-
-def test_interrupted_simulation_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("spire_dist.simulation.folder.write_tables", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        simulate(tmp_path / "set", **SMALL)
-    assert list(tmp_path.iterdir()) == []
+def test_mixture_recipe_has_each_complex_in_the_middle_and_no_residues(tmp_path, shared_data, igg):
+    spike = shared_data / "models/jbloomlab+SARS-CoV-2-RBD_DMS/data/structures/ACE2-bound/6vxx.pdb.gz"
+    models = [igg, spike, shared_data / "models/BioJulia+BioFmtSpecimens/PDB/1AKE.pdb.gz"]
+    out = simulate(tmp_path / "set", model=models, **(recipe("tomotwin", 0.01, models=3) | QUICK))
+    report = json.loads((out / "simulation.json").read_text())
+    assert report["counts"] == [10, 10, 10]
+    assert report["group_names"] == ["fixed", "1hzh", "6vxx", "1AKE"]
+    assert not (out / "residues.npz").exists()
+    grid = (np.indices((32,) * 3) - 16).reshape(3, -1)
+    for number, path in enumerate(models):
+        volume = mrcfile.read(out / f"vols/32_org/{number:03d}.mrc").astype(float)
+        np.testing.assert_allclose(grid @ volume.ravel() / volume.sum(), 0, atol=0.05)  # px
+        assert volume.sum() * 12.0**3 == pytest.approx(read_molecule([path]).weights.sum(), rel=1e-4)
