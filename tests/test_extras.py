@@ -55,7 +55,7 @@ def test_ray_runs_a_task():
 import os, secrets
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)  # else Ray leaves one in the home directory
 import ray, ray.data, ray.tune
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 print(ray.get(ray.remote(lambda a, b: a + b).remote(2, 3)))
 """
     assert run_python(code, timeout_s=300) == "5"
