@@ -99,7 +99,7 @@ class StageConfig(Section):
     cut: float = Field(default=4.0, ge=3, le=8)
     """Standard deviations at which a Gaussian ends in the projector."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Norm to which a longer gradient is shortened, that of everything but a table's latents; by default none is."""
+    """Norm to which a longer gradient is shortened, that of everything but latents and poses of a table; by default none is."""
     rates: RatesConfig = RatesConfig()
     """Step sizes."""
 
@@ -138,6 +138,23 @@ class PartsConfig(Section):
     """Clusters of Gaussian features: Gaussians that move or appear together (level 1)."""
     anchors: int = Field(default=5, ge=1)
     """Anchors in all: clusters are split in space, the largest first, until there are this many (level 2)."""
+
+
+class PosesConfig(Section):
+    """Refinement of the given poses in stage 2, by a small rotation and shift of every particle."""
+
+    refine: bool = False
+    """Whether poses are refined; else they stay as they are given."""
+    start: float = Field(default=0.0, ge=0, lt=1)
+    """Share of stage 2 after which it begins."""
+    prior_deg: float = Field(default=2.0, gt=0)
+    """Degrees about each of three axes, standard deviation of the errors that are expected: the prior."""
+    prior_px: float = Field(default=1.0, gt=0)
+    """Pixels in x and in y, the same of shifts."""
+    rate_deg: float = Field(default=0.3, gt=0)
+    """Degrees per visit of the particle, Adam's step size at its peak."""
+    rate_px: float = Field(default=0.2, gt=0)
+    """Pixels per visit of the particle, Adam's step size at its peak."""
 
 
 class ParallelConfig(Section):
@@ -209,6 +226,7 @@ class RunConfig(Section):
     stage1: StageConfig = StageConfig()
     parts: PartsConfig = PartsConfig()
     stage2: HierarchyConfig = HierarchyConfig()
+    poses: PosesConfig = PosesConfig()
     parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig = OutputConfig()
     job: JobConfig = JobConfig()

@@ -1,4 +1,4 @@
-"""Free latents, a vector per particle: a table whose rows live at home and travel to the rank that reads their particle.
+"""Free vectors per particle, latents or corrections of poses: a table whose rows live at home and travel to their reader.
 
 Rows and the memory of their optimiser are divided in equal runs of the store, a run for each rank: their home. The order of
 training (`data.order`) gives every rank other particles in every block, and is known everywhere. So at a block's begin each

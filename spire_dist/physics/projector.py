@@ -72,7 +72,7 @@ def project(
     cut: float = DEFAULT_CUT,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Images [B, box, box] (density × Å) of Gaussians seen in the poses of B particles; differentiable in the first three.
+    """Images [B, box, box] (density × Å) of Gaussians seen in the poses of B particles; differentiable in the first five.
 
     centres     [N, 3] or [B, N, 3], Å, (x, y, z) from the centre of the box
     amplitudes  [N] or [B, N], peak density
@@ -81,8 +81,7 @@ def project(
     cut         standard deviations at which a Gaussian ends, at least (dense backends sum to the edge of the box)
     backend     one of `Backend`; resolved by `choose_backend`
 
-    Raises ConfigError for a backend that cannot take these tensors, ValueError for shapes that do not belong together and
-    where poses ask a kernel for a gradient.
+    Raises ConfigError for a backend that cannot take these tensors, ValueError for shapes that do not belong together.
     """
     batch, count = len(rotations), len(widths)
     given = tuple(tuple(t.shape) for t in (centres, amplitudes, widths, rotations, shifts))
@@ -100,8 +99,6 @@ def project(
         planar = centres @ rotations[:, :2].transpose(1, 2) + shifts[:, None, :]  # [B, N, 2]
         weights = (amplitudes * (math.sqrt(2 * math.pi) * widths)).expand(planar.shape[:2])
         return splat_dense(planar / pixel_size + box // 2, weights, widths / pixel_size, box)
-    if torch.is_grad_enabled() and (rotations.requires_grad or shifts.requires_grad):
-        raise ValueError(f"backend {backend!r} gives poses no gradient; use backend='torch'")
     # A leading 1 stands for what all images share.
     own = centres if centres.ndim == 3 else centres[None], amplitudes if amplitudes.ndim == 2 else amplitudes[None]
     return _Splat.apply(*own, widths, rotations, shifts, box, pixel_size, cut, backend)  # type: ignore[return-value]
@@ -146,7 +143,21 @@ class _Splat(torch.autograd.Function):
             else:
                 found = kernels_gpu.splat_backward(*inputs, ctx.pixel_size, ctx.cut, gradient)
         sums = [own.sum_to_size(shared.shape) for own, shared in zip(found, inputs[:3], strict=True)]
-        return *sums, None, None, None, None, None, None
+        wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        poses = pose_gradients(found[0], inputs[0], inputs[3]) if wanted else (None, None)
+        return *sums, *poses, None, None, None, None
+
+
+def pose_gradients(d_centres: Tensor, centres: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rotations [B, 3, 3] and shifts [B, 2] from those of the centres [B, N, 3], which lie at [B or 1, N, 3].
+
+    With q = (R c + t) in x and y, a centre's gradient is g = Pᵀ ∂L/∂q, P the first two rows of R. They are orthonormal, so
+    ∂L/∂q = P g, whose sum is ∂L/∂t, and ∂L/∂P = Σ ∂L/∂q cᵀ = P Σ g cᵀ: nine numbers per image, whatever N.
+    """
+    planar = rotations[:, :2]
+    d_planar = planar @ (d_centres.transpose(1, 2) @ centres)
+    d_shifts = (planar @ d_centres.sum(1)[..., None])[..., 0]
+    return torch.nn.functional.pad(d_planar, (0, 0, 0, 1)), d_shifts
 
 
 def render_volume(

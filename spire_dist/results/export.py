@@ -6,8 +6,9 @@
     volumes.csv           latent of every map, and the input row of the particle nearest to it (and of several files which)
     latents.npy .csv      [N, L] in store order; the table in the input's order, with the input row
     parts.cif parts.cxc   Gaussians along the path as pseudo-atoms (chain = part), and a ChimeraX script that shows all
-    particles.star        the input's own rows with the latents as extra columns (particles-1.star ... of several files);
-                          where the input is no STAR file, the images in the store: rows that it left out are not there
+    particles.star        the input's own rows with the latents as extra columns, and refined poses in place of the given
+                          ones (particles-1.star ... of several files); where the input is no STAR file, the images in
+                          the store: rows that it left out are not there
 
 Every file appears whole or not at all.
 """
@@ -95,7 +96,7 @@ def export(
         written += _write_atoms(run, out, wanted, level)
     if star is None and all(path.is_file() for path in given or run.store.sources):
         particle_files = source_paths(run.store, given)
-    return written + write_all_particles(out, particle_files, run.store, run.latents)
+    return written + write_all_particles(out, particle_files, run.store, run.latents, run.poses)
 
 
 def _numbered(name: str, points: NDArray) -> dict[str, NDArray]:

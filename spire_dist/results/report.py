@@ -40,7 +40,8 @@ FILES = {
     "volumes": "the consensus and maps along the path (.mrc)",
     "parts.cif": "Gaussians along the path as atoms, a chain per part (ChimeraX)",
     "parts.cxc": "ChimeraX script that opens atoms and maps",
-    "particles.star": "the input's rows with their latents",
+    "particles.star": "the input's rows with their latents (and refined poses)",
+    "poses.npz": "refined poses, in the store's order",
     "latents.npy": "latent of every particle, in the store's order",
     "parts.npy": "part of every Gaussian",
     "evaluation.json": "scores against the truth",
@@ -259,7 +260,8 @@ def _particles(run: FinishedRun, seed: int) -> dict:
     rows = np.sort(np.random.default_rng(seed).permutation(run.store.count)[:PARTICLES])
     images = run.store.read(rows)
     centres, amplitudes = (torch.from_numpy(a) for a in decode_in_batches(run, run.latents[rows]))
-    pose = torch.from_numpy(run.store.rotations[rows]), torch.from_numpy(run.store.shifts[rows])
+    rotations, shifts = run.poses or (run.store.rotations, run.store.shifts)
+    pose = torch.from_numpy(rotations[rows]), torch.from_numpy(shifts[rows])
     clean = project(centres, amplitudes, torch.from_numpy(run.widths), *pose, run.box, run.pixel_size)
     ctf = contrast_transfer(torch.from_numpy(run.store.ctf[rows]), *frequency_grid(run.box, run.pixel_size))
     predicted = torch.fft.irfft2(torch.fft.rfft2(clean) * ctf, s=clean.shape[-2:]).numpy()

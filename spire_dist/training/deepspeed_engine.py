@@ -31,8 +31,10 @@ class _Held(nn.Module):
         self.parameters_held = nn.ParameterList(parameters)
         self._objective = (objective,)  # in a tuple it is no part of this module
 
-    def forward(self, batch: Batch, latents: Tensor | None, warm: bool) -> tuple[Tensor, Tensor]:
-        return self._objective[0](batch, latents, warm)
+    def forward(
+        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._objective[0](batch, latents, warm, corrections)
 
 
 class DeepSpeed:
@@ -79,9 +81,11 @@ class DeepSpeed:
             for parameter in self.named.values():
                 deepspeed.zero.register_external_parameter(held, parameter)
 
-    def __call__(self, batch: Batch, latents: Tensor | None, warm: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See Engine."""
-        return self.engine(batch, latents, warm)
+        return self.engine(batch, latents, warm, corrections)
 
     def descend(self, objective: Tensor, factor: float) -> None:
         """See Engine."""

@@ -18,7 +18,9 @@ from spire_dist.training.optimiser import adam, adam_memory, remember_adam, set_
 class Engine(Protocol):
     """What the train loop needs of it."""
 
-    def __call__(self, batch: Batch, latents: Tensor | None, warm: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The objective of a rank's batch and its squared residuals."""
         ...
 
@@ -52,9 +54,11 @@ class DataParallel:
         self.gaussians, self.common = split(self.named)
         self.optimiser = adam(self.named, objective.stage.rates)
 
-    def __call__(self, batch: Batch, latents: Tensor | None, warm: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See Engine."""
-        return self.objective(batch, latents, warm)
+        return self.objective(batch, latents, warm, corrections)
 
     def descend(self, objective: Tensor, factor: float) -> None:
         """See Engine."""

@@ -11,6 +11,7 @@ from spire_dist.distributed.mesh import Mesh
 from spire_dist.model.image_model import squared_residuals
 from spire_dist.model.latents import ImageEncoder
 from spire_dist.model.mixtures import Mixture
+from spire_dist.model.pose_corrections import corrected, correction_prior
 from spire_dist.model.sharing import render_shared
 
 
@@ -26,17 +27,25 @@ class Objective(nn.Module):
         self.config, self.count, self.mesh = config, count, mesh
         self.stage: StageConfig = config.stage1 if stage == 1 else config.stage2
 
-    def forward(self, batch: Batch, latents: Tensor | None, warm: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(objective, sum of squared residuals per pixel) of a rank's batch, whose `latents` [B, L] a table has or no one.
 
         The mean of the objective over ranks is, in nats per image of the step: ½ |I - CTF · P|² + λ_z |z|² + λ_f Σ|df|² / N
-        (equation 7; images have unit noise). Each rank has the regulariser of its own Gaussians, hence G times: R groups
+        (equation 7; images have unit noise), and where poses are corrected (`corrections` [B, 5]) the prior of that; an
+        encoder sees them as they were given. Each rank has the regulariser of its own Gaussians, hence G times: R groups
         have the same ones, and the mean is over R G. During warm-up every latent is zero, so that the static Gaussians settle
         first.
         """
         mesh, real = self.mesh, len(batch.rows)
         z = latents if self.encoder is None else self._encoded(batch)
         assert z is not None
+        prior = self.config.latent.weight * z.square().sum(1)
+        if corrections is not None:
+            rotations, shifts_px = corrected(batch.rotations, batch.shifts_px, corrections, self.config.poses)
+            batch = replace(batch, rotations=rotations, shifts_px=shifts_px)
+            prior = prior + correction_prior(corrections, self.config.poses)
         if mesh.world > 1:
             batch = filled(batch, self.stage.batch // mesh.world)
         seen = torch.cat([torch.zeros_like(z) if warm else z, z.new_zeros(len(batch.images) - real, z.shape[1])])
@@ -45,7 +54,6 @@ class Objective(nn.Module):
             mesh, self.mixture, seen, batch.rotations, batch.shifts_px, box, self.stage.cut, self.config.projector
         )
         squared = squared_residuals(projections, batch.ctf, batch.images)[:real]
-        prior = self.config.latent.weight * z.square().sum(1)
         own = (0.5 * squared + prior).sum() * mesh.world / batch.total
         return own + self.mixture.regulariser() * (mesh.gauss / self.count), squared.detach().sum() / box**2
 

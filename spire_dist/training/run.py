@@ -1,7 +1,8 @@
 """A run directory: what it is made with, how it is continued, and how a finished one is read back.
 
 config.toml  command.txt  environment.json  STATUS.json  metrics.jsonl  tb/  checkpoints/  latest
-volumes/consensus*.mrc  latents.npy  parts.npy  stage1/ (the coarse model as it ended, laid out like the run itself)
+volumes/consensus*.mrc  latents.npy  parts.npy  poses.npz (where they are refined)
+stage1/ (the coarse model as it ended, laid out like the run itself)
 """
 
 import json
@@ -22,7 +23,7 @@ from spire_dist.config import RunConfig, dump_config, load_config, with_absolute
 from spire_dist.data.store import ParticleStore
 from spire_dist.distributed.holder import superseded
 from spire_dist.errors import ConfigError, RunError
-from spire_dist.files import write_durably
+from spire_dist.files import replacing, write_durably
 from spire_dist.machine import cores
 from spire_dist.model.mixtures import Mixture
 from spire_dist.physics.projector import render_volume
@@ -113,6 +114,8 @@ class FinishedRun:
     """[N, L], in the store's row order."""
     parts: NDArray[np.int64]
     """[G], the part of every Gaussian (of stage 1: its feature cluster's anchor)."""
+    poses: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+    """Refined rotations [N, 3, 3] and shifts [N, 2] Å, in the store's row order; None: the store's."""
 
     @property
     def box(self) -> int:
@@ -158,4 +161,20 @@ def load_run(run: Path, stage: int | None = None) -> FinishedRun:
         raise RunError(f"{folder}: training has not ended; run `spire-dist train --run {run}` again to go on")
     mixture = mixture_from_state(state, config).eval()
     latents, parts = np.load(folder / "latents.npy"), np.load(folder / "parts.npy")
-    return FinishedRun(run, config, ParticleStore.open(config.data.store), mixture, state.stage, latents, parts)
+    store, poses = ParticleStore.open(config.data.store), read_poses(folder)
+    return FinishedRun(run, config, store, mixture, state.stage, latents, parts, poses)
+
+
+def write_poses(run: Path, rotations: NDArray, shifts_a: NDArray) -> None:
+    """poses.npz of refined `rotations` [N, 3, 3] and `shifts_a` [N, 2] Å, in the store's row order, as float32."""
+    with replacing(run / "poses.npz") as partial:
+        np.savez(partial, rotations=rotations.astype(np.float32), shifts_a=shifts_a.astype(np.float32))
+
+
+def read_poses(run: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """What `write_poses` wrote; None where the run did not refine poses."""
+    path = run / "poses.npz"
+    if not path.exists():
+        return None
+    with np.load(path) as arrays:
+        return arrays["rotations"], arrays["shifts_a"]

@@ -1,7 +1,8 @@
 """A stage in a checkpoint, and back: whatever number of ranks, shares and engine wrote it, any other can go on from it.
 
-Tensors: model/NAME (parameters and buffers), adam/NAME/{exp_avg,exp_avg_sq,step}, and of a table `latents` [N, 3, L]. Those
-with a row per Gaussian are saved in the order of `sharing.placement`, of which every rank of a gauss group has a run.
+Tensors: model/NAME (parameters and buffers), adam/NAME/{exp_avg,exp_avg_sq,step}, and of tables `latents` [N, 3, L] and `poses`
+[N, 3, 5]. Those with a row per Gaussian are saved in the order of `sharing.placement`, of which every rank of a gauss group has
+a run.
 """
 
 from collections.abc import Mapping
@@ -22,9 +23,10 @@ from spire_dist.distributed.collectives import sum_over
 from spire_dist.distributed.mesh import Mesh
 from spire_dist.errors import RunError
 from spire_dist.model.gaussians import Gaussians
-from spire_dist.model.latent_table import LatentTable
+from spire_dist.model.latent_table import LatentTable, at_home
 from spire_dist.model.latents import ImageEncoder
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
+from spire_dist.model.pose_corrections import NUMBERS
 from spire_dist.model.sharing import placement
 from spire_dist.training.trainer import Trainee, build_trainee, training_order
 
@@ -45,19 +47,24 @@ class State:
     latents: Tensor | None
     """[n, 3, L] of a table."""
     facts: dict[str, Any]
+    poses: Tensor | None = None
+    """[n, 3, 5] of a table of corrections, where poses are refined."""
 
 
 def save_trainee(run: Path, trainee: Trainee, source: BatchSource, config: RunConfig, elapsed_s: float) -> None:
     """Save a stage as it is now, all ranks together. Raises RunError, and saves nothing, where a number is not finite."""
-    if trainee.table is not None:
-        trainee.table.come_home()
+    tables = trainee.table, trainee.poses
+    for table in tables:
+        if table is not None:
+            table.come_home()
     model = trainee.engine.parameters()
     _refuse_not_finite(trainee, model)
     model |= {f"mixture.{name}": buffer for name, buffer in trainee.mixture.named_buffers()}
-    home, steps = (trainee.table.home, trainee.table.steps) if trainee.table else (None, None)
+    steps = [table.steps if table else None for table in tables]
+    latents, poses = (table.home if table else None for table in tables)
     facts = _facts(source, config, trainee.stage, trainee.step, steps, elapsed_s)
     memory = trainee.engine.memory()
-    _write(run, State(trainee.stage, trainee.step, model, memory, home, facts), config, trainee.mesh)
+    _write(run, State(trainee.stage, trainee.step, model, memory, latents, facts, poses), config, trainee.mesh)
 
 
 def write_start(
@@ -73,8 +80,11 @@ def write_start(
     encoder = latents if isinstance(latents, ImageEncoder) else None
     parts = {"mixture": mixture} | ({"encoder": encoder} if encoder else {})
     model = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
-    facts = _facts(source, config, stage, 0, None if encoder else 0, elapsed_s)
-    _write(run, State(stage, 0, model, {}, latents if isinstance(latents, Tensor) else None, facts), config, ALONE)
+    refined = stage == 2 and config.poses.refine
+    poses = at_home(torch.zeros(source.store.count, NUMBERS)) if refined else None
+    facts = _facts(source, config, stage, 0, [None if encoder else 0, 0 if refined else None], elapsed_s)
+    state = State(stage, 0, model, {}, latents if isinstance(latents, Tensor) else None, facts, poses)
+    _write(run, state, config, ALONE)
 
 
 def write_model(folder: Path, state: State, config: RunConfig) -> None:
@@ -95,7 +105,7 @@ def read_state(run: Path, mesh: Mesh = ALONE) -> State | None:
     back = torch.from_numpy(np.argsort(_held(facts["gaussians"], mesh), kind="stable"))
     natural = {name: value[back] if _per_gaussian(name, value) else value for name, value in found.items()}
     model, memory = _under("model/", natural), _under("adam/", natural)
-    return State(facts["stage"], facts["step"], model, memory, natural.get("latents"), facts)
+    return State(facts["stage"], facts["step"], model, memory, natural.get("latents"), facts, natural.get("poses"))
 
 
 def load_trainee(run: Path, source: BatchSource, config: RunConfig, mesh: Mesh, device: torch.device) -> Trainee:
@@ -103,13 +113,16 @@ def load_trainee(run: Path, source: BatchSource, config: RunConfig, mesh: Mesh, 
     state = read_state(run, mesh)
     assert state is not None
     mixture = mixture_from_state(state, config).to(device)
+    order = training_order(source, config, state.stage)
     latents: LatentTable | ImageEncoder
     if state.latents is None:
         latents = encoder_from_state(state, source.store.box, config).to(device)
     else:
-        order = training_order(source, config, state.stage)
         latents = LatentTable(state.latents, order, mesh, device, state.facts["latent_steps"])
-    trainee = build_trainee(state.stage, mixture, latents, config, source.store.count, mesh, state.step)
+    poses = state.poses
+    if poses is not None:
+        poses = LatentTable(poses, order, mesh, device, state.facts["pose_steps"])
+    trainee = build_trainee(state.stage, mixture, latents, config, source.store.count, mesh, state.step, poses)
     if state.memory:
         trainee.engine.remember(state.memory)
     return trainee
@@ -160,8 +173,9 @@ def _write(run: Path, state: State, config: RunConfig, mesh: Mesh) -> None:
     for name, value in named.items():
         shared = _per_gaussian(name, value)
         tensors[name] = Rows(value.cpu()[order], count, "gauss") if shared else value.cpu()
-    if state.latents is not None:
-        tensors["latents"] = Rows(state.latents, state.facts["particles"], "world")
+    for name, rows in (("latents", state.latents), ("poses", state.poses)):
+        if rows is not None:
+            tensors[name] = Rows(rows, state.facts["particles"], "world")
     save_checkpoint(run, state.stage * STEPS_PER_STAGE + state.step, tensors, state.facts, config.output.keep, mesh)
 
 
@@ -176,9 +190,9 @@ def _per_gaussian(name: str, value: Tensor) -> bool:
 
 
 def _facts(
-    source: BatchSource, config: RunConfig, stage: int, step: int, latent_steps: int | None, elapsed_s: float
+    source: BatchSource, config: RunConfig, stage: int, step: int, table_steps: list[int | None], elapsed_s: float
 ) -> dict[str, Any]:
-    """What is no tensor; `latent_steps` of a table.
+    """What is no tensor; `table_steps` of the latents' table and of that of the poses.
 
     Training draws no random numbers: the seed, in the configuration, stands for all of them.
     """
@@ -186,7 +200,8 @@ def _facts(
     return {
         "stage": stage,
         "step": step,
-        "latent_steps": latent_steps,
+        "latent_steps": table_steps[0],
+        "pose_steps": table_steps[1],
         "gaussians": settings.gaussians,
         "particles": source.store.count,
         "elapsed_s": elapsed_s,
@@ -200,8 +215,9 @@ def _facts(
 def _refuse_not_finite(trainee: Trainee, model: Mapping[str, Tensor]) -> None:
     mesh = trainee.mesh
     bad = [name for name, value in model.items() if not torch.isfinite(value).all()]
-    if trainee.table is not None and not torch.isfinite(trainee.table.home).all():
-        bad.append("latents")
+    for name, table in (("latents", trainee.table), ("poses", trainee.poses)):
+        if table is not None and not torch.isfinite(table.home).all():
+            bad.append(name)
     count = torch.tensor([float(len(bad))])
     sum_over([count], mesh.world_group)
     if count > 0:

@@ -33,10 +33,11 @@ from spire_dist.maps import read_map, write_map
 from spire_dist.model.latent_table import at_home
 from spire_dist.model.latents import ImageEncoder, starting_latents
 from spire_dist.model.mixtures import CoarseMixture
+from spire_dist.model.pose_corrections import corrected
 from spire_dist.physics.projector import choose_backend
 from spire_dist.training.consensus import back_project
 from spire_dist.training.metrics import RunLog, say
-from spire_dist.training.run import open_run, write_status
+from spire_dist.training.run import open_run, write_poses, write_status
 from spire_dist.training.saving import (
     State,
     encoder_from_state,
@@ -125,6 +126,11 @@ def _prepare(config: RunConfig, run: Path, device: torch.device, mesh: Mesh, hel
         raise ConfigError(
             f"data.store = {store.path}: prepared without poses; prepare it from a file with poses (or --poses)"
         )
+    place = store.source * (store.source_index.max() + 1) + store.source_index
+    if config.poses.refine and len(np.unique(place)) < store.count:
+        raise ConfigError(
+            f"poses.refine = true: {store.path} holds tilt series, whose images share a particle's pose; set it to false"
+        )
     for stage in (config.stage1, config.stage2):
         Order(store.count, store.images_per_chunk, stage.batch, config.seed).portion(0, 0, mesh.world)
         if stage.gaussians < mesh.gauss:
@@ -167,7 +173,7 @@ def _train_both(session: _Session, where: tuple[int, int] | None) -> None:
         first_alone(mesh, lambda: _begin_second_stage(session, latents))
     _train(session)
     latents = all_latents(run, source, config, mesh)
-    first_alone(mesh, lambda: _write_results(run, _state(run), latents, config))
+    first_alone(mesh, lambda: _end(session, latents))
 
 
 def open_source(
@@ -275,6 +281,29 @@ def _begin_second_stage(session: _Session, latents: Tensor) -> None:
     encoded = config.latent.kind == "encoder"
     start = encoder_from_state(state, source.store.box, config) if encoded else at_home(latents)
     write_start(run, 2, mixture, start, source, config, session.log.elapsed_s)
+
+
+def _end(session: _Session, latents: Tensor) -> None:
+    """The run's results; poses first, for latents mark the end."""
+    run, state = session.run, _state(session.run)
+    if state.poses is not None:
+        _write_poses(run, state.poses[:, 0], session.source.store, session.config)
+    _write_results(run, state, latents, session.config)
+
+
+def _write_poses(run: Path, numbers: Tensor, store: ParticleStore, config: RunConfig) -> None:
+    """The store's poses corrected by `numbers` [N, 5], and how far that moved them."""
+    rotations, shifts_px = (
+        torch.tensor(store.rotations).double(),
+        torch.tensor(store.shifts).double() / store.pixel_size,
+    )
+    rotations, shifts_px = corrected(rotations, shifts_px, numbers.double(), config.poses)
+    write_poses(run, rotations.numpy(), shifts_px.numpy() * store.pixel_size)
+    turned_deg, moved_px = (
+        float(rate * own.square().sum(1).mean().sqrt())
+        for rate, own in ((config.poses.rate_deg, numbers[:, :3]), (config.poses.rate_px, numbers[:, 3:]))
+    )
+    say(f"poses: turned by {turned_deg:.2f}° and shifted by {moved_px:.2f} px (root mean square)")
 
 
 def _train(session: _Session) -> None:

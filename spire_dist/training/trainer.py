@@ -40,6 +40,8 @@ class Trainee:
     engine: Engine
     mesh: Mesh
     step: int = 0
+    poses: LatentTable | None = None
+    """Corrections of the poses (`model.pose_corrections`), where they are refined."""
 
 
 def build_trainee(
@@ -50,6 +52,7 @@ def build_trainee(
     count: int,
     mesh: Mesh,
     step: int = 0,
+    poses: LatentTable | None = None,
 ) -> Trainee:
     """A stage of a run on `count` particles, with its engine. Raises ConfigError for what the engine cannot do."""
     table = latents if isinstance(latents, LatentTable) else None
@@ -57,7 +60,7 @@ def build_trainee(
     objective = Objective(mixture, encoder, config, stage, count, mesh)
     ours = config.parallel.engine == "ddp"
     engine = DataParallel(objective) if ours else DeepSpeed(objective, config.parallel)
-    return Trainee(stage, mixture, table, encoder, engine, mesh, step)
+    return Trainee(stage, mixture, table, encoder, engine, mesh, step, poses)
 
 
 def training_order(source: BatchSource, config: RunConfig, stage: int) -> Order:
@@ -79,6 +82,7 @@ def train_stage(
     order = training_order(source, config, trainee.stage)
     per_epoch = order.steps_per_epoch
     total, warmup = round(stage.epochs * per_epoch), round(stage.warmup_epochs * per_epoch)
+    refine_from = round(config.poses.start * total)
     data = Prefetcher(source.training(order, trainee.step, mesh.rank, mesh.world))
     saved_at = time.monotonic()
     log.restart_interval()
@@ -89,7 +93,8 @@ def train_stage(
                 mesh.pulse.step = trainee.step
             batch = data.next()
             factor = rate_factor(trainee.step, total, stage.final_rate)
-            own = learn(trainee, batch, factor, factor * stage.rates.latents, trainee.step < warmup)
+            warm, refine = trainee.step < warmup, trainee.step >= refine_from
+            own = learn(trainee, batch, factor, factor * stage.rates.latents, warm, refine)
             trainee.step += 1
             asked = stop.requested is not None
             due = mesh.rank == 0 and (log.due() or trainee.step == total)
@@ -109,17 +114,28 @@ def train_stage(
         data.close()
 
 
-def learn(trainee: Trainee, batch: Batch, factor: float, latent_rate: float, warm: bool) -> Tensor:
-    """One step on a rank's batch; returns its (objective, sum of squared residuals per pixel), [2]."""
-    latents = None
-    if trainee.table is not None:
-        trainee.table.visit(trainee.step)
-        latents = trainee.table(batch.rows)
-    objective, squared = trainee.engine(batch, latents, warm)
+def learn(trainee: Trainee, batch: Batch, factor: float, latent_rate: float, warm: bool, refine: bool = True) -> Tensor:
+    """One step on a rank's batch; returns its (objective, sum of squared residuals per pixel), [2].
+
+    refine  whether poses are corrected, where the trainee has a table for it
+    """
+    table, poses = trainee.table, trainee.poses if refine else None
+    latents, corrections = (_read(own, batch, trainee.step) for own in (table, poses))
+    objective, squared = trainee.engine(batch, latents, warm, corrections)
     trainee.engine.descend(objective, factor)
-    if trainee.table is not None:
-        trainee.table.descend(latent_rate)
+    if table is not None:
+        table.descend(latent_rate)
+    if poses is not None:
+        poses.descend(factor)
     return torch.stack([objective.detach(), squared])
+
+
+def _read(table: LatentTable | None, batch: Batch, step: int) -> Tensor | None:
+    """A table's rows of a batch; all ranks together."""
+    if table is None:
+        return None
+    table.visit(step)
+    return table(batch.rows)
 
 
 def agree(own: Tensor, flags: list[bool], mesh: Mesh) -> list[float]:

@@ -201,13 +201,19 @@ def test_a_backend_that_cannot_take_the_tensors_is_refused_by_name():
         choose_backend(torch.device("cpu"), torch.float64, "numba")
 
 
-@pytest.mark.parametrize("argument", [3, 4])
-def test_a_kernel_refuses_to_give_poses_a_gradient(argument):
-    arrays = scene(count=5, dtype=torch.float32)
-    arrays[argument].requires_grad_()
-    with pytest.raises(ValueError, match="backend='torch'"):
-        project(*arrays, box=16, pixel_size=PIXEL)
-    assert project(*arrays, box=16, pixel_size=PIXEL, backend="torch").requires_grad
+@pytest.mark.parametrize("per_image", [True, False])
+@pytest.mark.parametrize("wanted", [[3], [4], [3, 4]], ids=str)
+def test_poses_get_the_gradient_of_the_reference(per_image, wanted):
+    """The reference's own is that of autograd; a matrix that stays a rotation uses no other."""
+    upstream = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    gradients = []
+    for dtype, options in ((torch.float64, {"backend": "torch"}), (torch.float32, {"backend": "numba", "cut": 5.0})):
+        arrays = [array.to(dtype) for array in scene(per_image=per_image)]
+        leaves = [arrays[i].requires_grad_() for i in wanted]
+        image = project(*arrays, box=64, pixel_size=PIXEL, **options)
+        gradients.append(torch.autograd.grad(image, leaves, upstream.to(dtype)))
+    # Sums of many terms of either sign: a few times the centres' 1e-5.
+    assert all(relative(found, expected) < 5e-5 for expected, found in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("box", [30, 31])
