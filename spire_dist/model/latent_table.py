@@ -30,8 +30,16 @@ class LatentTable(nn.Module):
     `home` [n, 3, L] are the rows of this rank's run; `rows` those of the particles it reads in the present block.
     """
 
-    def __init__(self, home: Tensor, order: Order, mesh: Mesh, device: torch.device, steps: int = 0) -> None:
-        """`steps` were made before, as Adam must know."""
+    def __init__(
+        self,
+        home: Tensor,
+        order: Order,
+        mesh: Mesh,
+        device: torch.device,
+        steps: int = 0,
+        betas: tuple[float, float] = BETAS,
+    ) -> None:
+        """`steps` were made before, as Adam must know, whose decays per visit are `betas`."""
         super().__init__()
         self.home, self.order, self.mesh = home, order, mesh
         self.run = -(-order.count // mesh.world)
@@ -45,7 +53,7 @@ class LatentTable(nn.Module):
         """Of `readers`, those of this rank: what lies in `rows`."""
         weight = self.rows.weight
         self.optimiser = torch.optim.SparseAdam(
-            [weight], betas=BETAS
+            [weight], betas=betas
         )  # a dense Adam would move absent particles' rows on
         zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
         self.optimiser.state[weight] = {"step": steps} | zeros  # as SparseAdam itself begins

@@ -37,6 +37,8 @@ class ImageEncoder(nn.Module):
 
 def centred_small_images(transforms: Tensor, shifts_px: Tensor, small: int) -> Tensor:
     """Images [B, small, small], variance kept near one, moved back by `shifts_px` [B, 2] and Fourier-cropped."""
+    if len(transforms) == 0:  # of a rank that has no particle in a step: the transform refuses it
+        return transforms.real.new_zeros(0, small, small)
     box = transforms.shape[-2]
     half = small // 2
     rows = torch.cat([transforms[:, : small - half], transforms[:, box - half :]], dim=1)

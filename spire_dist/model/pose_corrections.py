@@ -16,6 +16,9 @@ from torch import Tensor
 from spire_dist.config import PosesConfig
 
 NUMBERS = 5
+POSE_BETAS = (0.5, 0.99)
+"""Decays of Adam per visit of a particle. Its image is the same each time, so the gradient needs no smoothing, and with the
+usual 0.9 a correction swings past its end for half of the few dozen visits that there are."""
 
 
 def corrected(rotations: Tensor, shifts_px: Tensor, numbers: Tensor, config: PosesConfig) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.latent_table import LatentTable, at_home
 from spire_dist.model.latents import ImageEncoder
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
-from spire_dist.model.pose_corrections import NUMBERS
+from spire_dist.model.pose_corrections import NUMBERS, POSE_BETAS
 from spire_dist.model.sharing import placement
 from spire_dist.training.trainer import Trainee, build_trainee, training_order
 
@@ -121,7 +121,7 @@ def load_trainee(run: Path, source: BatchSource, config: RunConfig, mesh: Mesh, 
         latents = LatentTable(state.latents, order, mesh, device, state.facts["latent_steps"])
     poses = state.poses
     if poses is not None:
-        poses = LatentTable(poses, order, mesh, device, state.facts["pose_steps"])
+        poses = LatentTable(poses, order, mesh, device, state.facts["pose_steps"], POSE_BETAS)
     trainee = build_trainee(state.stage, mixture, latents, config, source.store.count, mesh, state.step, poses)
     if state.memory:
         trainee.engine.remember(state.memory)

@@ -63,3 +63,13 @@ def test_the_encoder_ignores_the_shift_and_the_sign_of_the_ctf(kind, box, encode
     moved = image * torch.polar(torch.ones_like(angle), angle)
     plain = encoder(image, torch.ones_like(ctf), rotations, torch.zeros(1, 2))
     torch.testing.assert_close(encoder(ctf * moved, ctf, rotations, shift), plain, rtol=1e-3, atol=1e-4)
+
+
+def test_no_image_has_no_latent_but_a_gradient_of_zero():
+    """A rank may have no particle in the last step of an epoch; its encoder's gradient is added to the others' all the same."""
+    encoder = ImageEncoder(24, LatentConfig(encoder_box=16, encoder_width=8))
+    nothing = torch.zeros(0, 24, 13)
+    latents = encoder(nothing + 0j, nothing, torch.zeros(0, 3, 3), torch.zeros(0, 2))
+    assert latents.shape == (0, 4)
+    latents.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in encoder.parameters())

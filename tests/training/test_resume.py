@@ -53,8 +53,9 @@ def assert_same_results(run, other) -> None:
     assert first.step == second.step
     for one, two in ((first.model, second.model), (first.memory, second.memory)):
         assert all(torch.equal(one[name], two[name]) for name in one | two)
-    if first.latents is not None and second.latents is not None:
-        assert torch.equal(first.latents, second.latents)
+    for one, two in ((first.latents, second.latents), (first.poses, second.poses)):
+        assert (one is None) == (two is None)
+        assert one is None or torch.equal(one, two)
 
 
 def kind_of(run) -> str:
@@ -85,6 +86,20 @@ def test_crashed_and_continued_is_the_same_to_the_bit(finished, tmp_path, train_
     assert not (run / "latents.npy").exists()
     train_tiny(run, *settings)
     assert_same_results(run, finished)
+
+
+def test_refined_poses_go_on_to_the_same_bits(tmp_path, train_tiny, monkeypatch):
+    """Stopped before refinement begins, and after it began, in the middle of a block."""
+    settings = ("poses.refine=true", "poses.start=0.3")
+    alone = train_tiny(tmp_path / "alone", *settings)
+    for step in (FIRST + 3, FIRST + 13):
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(Stopped):
+                train_tiny(tmp_path / f"stopped-{step}", *settings)
+        train_tiny(tmp_path / f"stopped-{step}", *settings)
+        assert_same_results(tmp_path / f"stopped-{step}", alone)
+        assert (tmp_path / f"stopped-{step}" / "poses.npz").read_bytes() == (alone / "poses.npz").read_bytes()
 
 
 @pytest.mark.parametrize("where", ["consensus_map", "find_parts", "seed_second", "all_latents", "_write_results"])
