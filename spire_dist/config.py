@@ -151,9 +151,9 @@ class PosesConfig(Section):
     """Degrees about each of three axes, standard deviation of the errors that are expected: the prior."""
     prior_px: float = Field(default=1.0, gt=0)
     """Pixels in x and in y, the same of shifts."""
-    rate_deg: float = Field(default=0.3, gt=0)
+    rate_deg: float = Field(default=0.5, gt=0)
     """Degrees per visit of the particle, Adam's step size at its peak."""
-    rate_px: float = Field(default=0.2, gt=0)
+    rate_px: float = Field(default=0.5, gt=0)
     """Pixels per visit of the particle, Adam's step size at its peak."""
 
 

@@ -34,6 +34,7 @@ class StandIn:
     parts: NDArray
     box: int
     pixel_size: float
+    poses: tuple[NDArray, NDArray] | None = None
 
     def decode(self, z):
         turn = np.arctan2(z[:, 1], z[:, 0])

@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import starfile
+from scipy.spatial.transform import Rotation
 
 from data_prep.convert import prepare
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
+from spire_dist.physics.poses import random_rotations
 from spire_dist.results import tables
 from spire_dist.results.export import export
 from spire_dist.star import read_blocks
@@ -162,6 +164,16 @@ def test_every_cs_file_that_prep_reads_becomes_a_star_of_its_images(tmp_path, wr
     assert written["spireCryosparcUid"].tolist() == [str(uid) for uid in UIDS]
     assert written["rlnSpireLatent1"].tolist() == list(range(70))
 
+    rotations, shifts = random_rotations(70, seed=1), np.random.default_rng(1).normal(0, 5, (70, 2))
+    sources = tables.source_paths(store)
+    [path] = tables.write_all_particles(tmp_path, sources, store, latents, (rotations, shifts.astype(np.float32)))
+    again = ParticleStore.open(
+        prepare(path, tmp_path / "again", no_ctf=True, sign="+", workers=1, pixel_size=2.0, shuffle=False)
+    )
+    order = np.argsort(store.source_index)
+    np.testing.assert_allclose(again.rotations, rotations[order], atol=2e-6)
+    np.testing.assert_allclose(again.shifts, shifts[order], rtol=1e-5, atol=1e-5)
+
 
 def test_stacks_with_blanks_or_other_letters_in_their_names_are_written(tmp_path):
     stacks = [{"path": "/my dir/a.mrcs"}, {"path": "/\udcff/\u00e5.mrcs"}]
@@ -226,6 +238,53 @@ def test_a_star_that_grows_or_shrinks_while_it_is_copied_is_refused(tmp_path, re
         refusal(SourceError, ["in.star", "changed"],
                 lambda: tables.write_particles(out, source, np.float32([[1]]), np.array([0])))  # fmt: skip
         assert not out.exists()
+
+
+ROW = {"rlnImageName": "a.mrcs", "rlnAngleRot": 1.0, "rlnAngleTilt": 2.0, "rlnAnglePsi": 3.0, "rlnNote": "'two words'"}
+ORIGINS = {
+    "angst": {"rlnOriginXAngst": 5.0, "rlnOriginYAngst": 6.0},
+    "px": {"rlnOriginX": 5.0, "rlnOriginY": 6.0},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("origins", ORIGINS)
+@pytest.mark.parametrize("without", [(), ("rlnAngleTilt",)], ids=["all angles", "no tilt"])
+def test_refined_poses_stand_in_their_own_columns(tmp_path, origins, without):
+    """In place of the given ones, with the unit that the file has; a row that is not in the store keeps its cells."""
+    rows = [{k: v for k, v in (ROW | ORIGINS[origins]).items() if k not in without}] * 3
+    columns = list(rows[0])
+    source, out = tmp_path / "in.star", tmp_path / "out.star"
+    heading = "".join(f"_{label} #{i + 1}\n" for i, label in enumerate(columns))
+    lines = [" ".join(str(row[c]) for c in columns) for row in rows]
+    source.write_text(f"data_particles\n\nloop_\n{heading}" + "\n".join(lines) + "\n")
+    rotations, shifts = random_rotations(2, seed=4), np.float32([[1, -2], [3, 4]])
+    refined = tables.pose_columns(rotations, shifts, np.array([2.0, 4.0]))
+    tables.write_particles(out, source, np.float32([[7], [8]]), np.array([2, 0]), refined)
+
+    text = out.read_text().splitlines()
+    assert text[-2].split()[: len(columns) + 1] == lines[1].split()[: len(columns) + 1]
+    table = starfile.read(out, always_dict=True)["particles"]
+    new = [*(["rlnAngleTilt"] if without else []), *(ORIGINS["angst"] if origins == "none" else [])]
+    assert list(table.columns) == [*columns, *new, "rlnSpireLatent1"]
+    angles = table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy()[[2, 0]]
+    turned = Rotation.from_euler("ZYZ", angles, degrees=True).as_matrix().swapaxes(1, 2)
+    np.testing.assert_allclose(turned, rotations, atol=1e-6)
+    found = table[list(ORIGINS["px" if origins == "px" else "angst"])].to_numpy()[[2, 0]]
+    np.testing.assert_allclose(found, -shifts / ([[2], [4]] if origins == "px" else 1), atol=1e-6)
+
+
+def test_the_refined_pose_of_a_table_of_one_row_takes_the_place_of_the_given_one(tmp_path):
+    source, out = tmp_path / "in.star", tmp_path / "out.star"
+    source.write_text("data_particles\n\n_rlnImageName 1@a.mrcs\n_rlnAnglePsi 3\n_rlnAngleRot 1\n_rlnAngleTilt 2\n")
+    angles = np.array([[10.0, 20, 30]])
+    rotations = Rotation.from_euler("ZYZ", angles, degrees=True).as_matrix().swapaxes(1, 2)
+    refined = tables.pose_columns(rotations, np.array([[1.5, 2.5]]), np.ones(1))
+    tables.write_particles(out, source, np.float32([[7]]), np.array([0]), refined)
+    assert starfile.read(out, always_dict=True)["particles"] == pytest.approx({
+        "rlnOriginXAngst": -1.5, "rlnOriginYAngst": -2.5, "rlnSpireLatent1": 7, "rlnImageName": "1@a.mrcs",
+        "rlnAnglePsi": 30, "rlnAngleRot": 10, "rlnAngleTilt": 20,
+    })  # fmt: skip
 
 
 def test_the_tilts_of_a_particle_give_it_their_mean(tmp_path):
