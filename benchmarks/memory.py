@@ -127,7 +127,7 @@ def training_step(images: int, gaussians: int) -> Callable[[], None]:
     trainee.table.visit(0)
 
     def step() -> None:
-        learn(trainee, batch, 1.0, config.stage2.rates.latents, False)
+        learn(trainee, batch, config, 1.0, False)
 
     return step
 

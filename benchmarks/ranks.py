@@ -138,10 +138,10 @@ def _placed(rank: int, world: int, port: int, results: Any, work: Callable[..., 
 
 def _rank(case: Case) -> dict[str, Any]:
     with init_distributed(case.gauss, "cpu", timeout_s=300) as mesh:
-        trainee, batch = _begun(case, mesh)
+        trainee, batch, config = _begun(case, mesh)
 
         def step() -> None:
-            agree(learn(trainee, batch, 1.0, 0.1, False), [False] * 3, mesh)
+            agree(learn(trainee, batch, config, 1.0, False), [False] * 3, mesh)
 
         for _ in range(WARM_UP):
             step()
@@ -167,8 +167,8 @@ def _rank(case: Case) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _begun(case: Case, mesh: Mesh) -> tuple[Trainee, Batch]:
-    settings = HierarchyConfig(gaussians=case.gaussians, batch=case.images, layers=1, hidden=32)
+def _begun(case: Case, mesh: Mesh) -> tuple[Trainee, Batch, RunConfig]:
+    settings = HierarchyConfig(gaussians=case.gaussians, batch=case.images, layers=1, hidden=32, tries=0)
     config = RunConfig(stage2=settings, parallel=ParallelConfig(gauss=case.gauss))
     generator = torch.Generator().manual_seed(0)
 
@@ -189,7 +189,7 @@ def _begun(case: Case, mesh: Mesh) -> tuple[Trainee, Batch]:
     images = torch.fft.rfft2(torch.randn(len(rows), case.box, case.box))
     rotations = torch.from_numpy(random_rotations(len(rows), seed=mesh.rank).astype(np.float32))
     ctf, shifts = torch.ones(images.shape), torch.zeros(len(rows), 2)
-    return trainee, Batch(rows, images, ctf, rotations, shifts, total=case.images)
+    return trainee, Batch(rows, images, ctf, rotations, shifts, total=case.images), config
 
 
 # ---- DDP beside DeepSpeed, on particles

@@ -96,6 +96,8 @@ class StageConfig(Section):
     """Passes before the deformation is switched on (the static Gaussians settle first)."""
     final_rate: float = Field(default=0.05, gt=0, le=1)
     """Share of the peak step sizes reached at the end of the stage (cosine in between)."""
+    tries: int = Field(default=1, ge=0)
+    """Latents of a table that all particles of a step try, and take where one explains their image better; 0: none."""
     cut: float = Field(default=4.0, ge=3, le=8)
     """Standard deviations at which a Gaussian ends in the projector."""
     clip_norm: float | None = Field(default=None, gt=0)

@@ -77,6 +77,15 @@ class LatentTable(nn.Module):
         self.optimiser.zero_grad()
 
     @torch.no_grad()
+    def replace(self, rows: Tensor, taken: Tensor, others: Tensor) -> None:
+        """Give those of the particles `rows` [B] that are `taken` [B] other latents [B, L], of which Adam knows nothing yet."""
+        places = torch.searchsorted(self.here, rows)
+        weight, *means = self._columns()
+        weight[places] = torch.where(taken[:, None], others, weight[places])
+        for mean in means:
+            mean[places] *= ~taken[:, None]
+
+    @torch.no_grad()
     def visit(self, step: int) -> None:
         """Have the rows of a step's block here. All ranks call this together."""
         block = self.order.block_of(step)

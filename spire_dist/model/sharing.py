@@ -4,7 +4,7 @@ Every rank renders its own Gaussians for all images of its group; the partial im
 its own particles. Networks, anchors and encoder are on every rank.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from spire_dist.distributed.mesh import Mesh
 from spire_dist.model.gaussians import Gaussians
 from spire_dist.model.image_model import render
 from spire_dist.model.mixtures import Mixture
-from spire_dist.physics.projector import Backend
+from spire_dist.physics.projector import Backend, project
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -72,6 +72,27 @@ def render_shared(
     all_rotations, all_shifts = gather(torch.cat([rotations.flatten(1), shifts_px], dim=1), group).split([9, 2], dim=1)
     partial = render(mixture, all_latents, all_rotations.reshape(-1, 3, 3), all_shifts, box, cut, backend)
     return scatter_sum(partial, group)
+
+
+def render_each(
+    mesh: Mesh,
+    mixture: Mixture,
+    latents: Tensor,
+    rotations: Tensor,
+    shifts_px: Tensor,
+    box: int,
+    cut: float,
+    backend: Backend = "auto",
+) -> Iterator[Tensor]:
+    """For each of `latents` [K, L], the same on all ranks: projections [B, box, box] of that molecule in a rank's B poses."""
+    group = mesh.gauss_group
+    poses = gather(torch.cat([rotations.flatten(1), shifts_px], dim=1), group)
+    all_rotations, all_shifts = poses[:, :9].reshape(-1, 3, 3), poses[:, 9:]
+    widths = mixture.gaussians.widths_px()
+    for centres, amplitudes in zip(*mixture.deform(latents), strict=True):
+        yield scatter_sum(
+            project(centres, amplitudes, widths, all_rotations, all_shifts, box, 1.0, cut, backend), group
+        )
 
 
 def reduce_shared(gaussians: Iterable[nn.Parameter], mesh: Mesh) -> None:

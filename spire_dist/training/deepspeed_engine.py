@@ -32,9 +32,14 @@ class _Held(nn.Module):
         self._objective = (objective,)  # in a tuple it is no part of this module
 
     def forward(
-        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._objective[0](batch, latents, warm, corrections)
+        self,
+        batch: Batch,
+        latents: Tensor | None,
+        warm: bool,
+        corrections: Tensor | None = None,
+        tried: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._objective[0](batch, latents, warm, corrections, tried)
 
 
 class DeepSpeed:
@@ -82,10 +87,15 @@ class DeepSpeed:
                 deepspeed.zero.register_external_parameter(held, parameter)
 
     def __call__(
-        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        batch: Batch,
+        latents: Tensor | None,
+        warm: bool,
+        corrections: Tensor | None = None,
+        tried: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See Engine."""
-        return self.engine(batch, latents, warm, corrections)
+        return self.engine(batch, latents, warm, corrections, tried)
 
     def descend(self, objective: Tensor, factor: float) -> None:
         """See Engine."""
@@ -145,7 +155,7 @@ class DeepSpeed:
 
     def _make_room(self) -> None:
         """A step of size zero on no image, after which DeepSpeed's optimiser has a state that can be overwritten."""
-        objective, _ = self.engine(*self.objective.nothing(self.engine.device))
+        objective, *_ = self.engine(*self.objective.nothing(self.engine.device))
         self.engine.backward(objective)
         set_rates(self.engine.optimizer, 0.0)
         self.engine.step()

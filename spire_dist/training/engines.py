@@ -19,9 +19,14 @@ class Engine(Protocol):
     """What the train loop needs of it."""
 
     def __call__(
-        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The objective of a rank's batch and its squared residuals."""
+        self,
+        batch: Batch,
+        latents: Tensor | None,
+        warm: bool,
+        corrections: Tensor | None = None,
+        tried: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The objective of a rank's batch, and squared residuals, as `Objective.forward` has them."""
         ...
 
     def descend(self, objective: Tensor, factor: float) -> None:
@@ -55,10 +60,15 @@ class DataParallel:
         self.optimiser = adam(self.named, objective.stage.rates)
 
     def __call__(
-        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        batch: Batch,
+        latents: Tensor | None,
+        warm: bool,
+        corrections: Tensor | None = None,
+        tried: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See Engine."""
-        return self.objective(batch, latents, warm, corrections)
+        return self.objective(batch, latents, warm, corrections, tried)
 
     def descend(self, objective: Tensor, factor: float) -> None:
         """See Engine."""

@@ -12,7 +12,7 @@ from spire_dist.model.image_model import squared_residuals
 from spire_dist.model.latents import ImageEncoder
 from spire_dist.model.mixtures import Mixture
 from spire_dist.model.pose_corrections import corrected, correction_prior
-from spire_dist.model.sharing import render_shared
+from spire_dist.model.sharing import render_each, render_shared
 
 
 class Objective(nn.Module):
@@ -28,9 +28,15 @@ class Objective(nn.Module):
         self.stage: StageConfig = config.stage1 if stage == 1 else config.stage2
 
     def forward(
-        self, batch: Batch, latents: Tensor | None, warm: bool, corrections: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(objective, sum of squared residuals per pixel) of a rank's batch, whose `latents` [B, L] a table has or no one.
+        self,
+        batch: Batch,
+        latents: Tensor | None,
+        warm: bool,
+        corrections: Tensor | None = None,
+        tried: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(objective, squared residuals [B]) of a rank's batch, whose `latents` [B, L] a table has or no one; and those of the
+        same images at each of the latents `tried` [K, L], [K, B].
 
         The mean of the objective over ranks is, in nats per image of the step: ½ |I - CTF · P|² + λ_z |z|² + λ_f Σ|df|² / N
         (equation 7; images have unit noise), and where poses are corrected (`corrections` [B, 5]) the prior of that; an
@@ -55,7 +61,17 @@ class Objective(nn.Module):
         )
         squared = squared_residuals(projections, batch.ctf, batch.images)[:real]
         own = (0.5 * squared + prior).sum() * mesh.world / batch.total
-        return own + self.mixture.regulariser() * (mesh.gauss / self.count), squared.detach().sum() / box**2
+        found = own + self.mixture.regulariser() * (mesh.gauss / self.count)
+        return found, squared.detach(), self._tried(batch, tried)[:, :real]
+
+    @torch.no_grad()
+    def _tried(self, batch: Batch, tried: Tensor | None) -> Tensor:
+        """Squared residuals [K, B] of the batch's images, were they all of the molecule at each of K latents."""
+        if tried is None or len(tried) == 0:
+            return batch.shifts_px.new_zeros(0, len(batch.images))
+        box, poses = batch.images.shape[-2], (batch.rotations, batch.shifts_px)
+        seen = render_each(self.mesh, self.mixture, tried, *poses, box, self.stage.cut, self.config.projector)
+        return torch.stack([squared_residuals(projections, batch.ctf, batch.images) for projections in seen])
 
     def _encoded(self, batch: Batch) -> Tensor:
         assert self.encoder is not None

@@ -22,6 +22,7 @@ from spire_dist.model.latents import ImageEncoder
 from spire_dist.model.mixtures import Mixture
 from spire_dist.training.deepspeed_engine import DeepSpeed
 from spire_dist.training.engines import DataParallel, Engine
+from spire_dist.training.jumps import better_latents, drawn_latents
 from spire_dist.training.metrics import RunLog
 from spire_dist.training.objective import Objective
 from spire_dist.training.schedule import rate_factor
@@ -94,7 +95,7 @@ def train_stage(
             batch = data.next()
             factor = rate_factor(trainee.step, total, stage.final_rate)
             warm, refine = trainee.step < warmup, trainee.step >= refine_from
-            own = learn(trainee, batch, factor, factor * stage.rates.latents, warm, refine)
+            own = learn(trainee, batch, config, factor, warm, refine)
             trainee.step += 1
             asked = stop.requested is not None
             due = mesh.rank == 0 and (log.due() or trainee.step == total)
@@ -114,20 +115,27 @@ def train_stage(
         data.close()
 
 
-def learn(trainee: Trainee, batch: Batch, factor: float, latent_rate: float, warm: bool, refine: bool = True) -> Tensor:
+def learn(trainee: Trainee, batch: Batch, config: RunConfig, factor: float, warm: bool, refine: bool = True) -> Tensor:
     """One step on a rank's batch; returns its (objective, sum of squared residuals per pixel), [2].
 
+    factor  share of the peak step sizes
     refine  whether poses are corrected, where the trainee has a table for it
     """
+    stage, mesh = config.stage1 if trainee.stage == 1 else config.stage2, trainee.mesh
     table, poses = trainee.table, trainee.poses if refine else None
     latents, corrections = (_read(own, batch, trainee.step) for own in (table, poses))
-    objective, squared = trainee.engine(batch, latents, warm, corrections)
+    tried, seed = None, (config.seed, trainee.stage, trainee.step)
+    if latents is not None and stage.tries and not warm:
+        tried = drawn_latents(mesh, batch, latents, stage.batch // mesh.world, stage.tries, seed)
+    objective, squared, squared_tried = trainee.engine(batch, latents, warm, corrections, tried)
     trainee.engine.descend(objective, factor)
-    if table is not None:
-        table.descend(latent_rate)
+    if table is not None and latents is not None:
+        table.descend(factor * stage.rates.latents)
+        if tried is not None:
+            table.replace(batch.rows, *better_latents(latents, squared, tried, squared_tried, config.latent.weight))
     if poses is not None:
         poses.descend(factor)
-    return torch.stack([objective.detach(), squared])
+    return torch.stack([objective.detach(), squared.sum() / batch.images.shape[-2] ** 2])
 
 
 def _read(table: LatentTable | None, batch: Batch, step: int) -> Tensor | None:

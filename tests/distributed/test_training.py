@@ -94,7 +94,7 @@ def _go_on(mesh: Mesh, run: Path, config: RunConfig, steps: int) -> dict[str, An
     losses, rows = [], []
     for _ in range(steps):
         batch = next(batches)
-        own = learn(trainee, batch, 0.5, 0.1, False)
+        own = learn(trainee, batch, config, 0.5, False)
         trainee.step += 1
         losses.append(agree(own, [], mesh)[1] / batch.total)
         rows.append(batch.rows.tolist())
