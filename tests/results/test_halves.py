@@ -43,13 +43,13 @@ def test_equal_maps_agree_only_at_matched_conformations():
 def test_rigid_maps_with_noise_of_their_own_agree_everywhere_but_in_their_differences():
     rng = np.random.default_rng(1)
     rigid, count = smooth_map(rng, 0), 6
-    halves = [[rigid + 0.02 * smooth_map(rng, 0) * rng.standard_normal() for _ in range(count)] for _ in range(2)]
-    noisy = [half_of([v + 0.01 * rng.standard_normal(v.shape) for v in maps]) for maps in halves]
+    noisy = [half_of([rigid + 0.01 * rng.standard_normal(rigid.shape) for _ in range(count)]) for _ in range(2)]
     points = np.arange(count, dtype=np.float32)[:, None]
     found = cross_fsc(noisy, [points, points])
     assert found.masked[:, :, 1:6].min() > 0.95
-    assert abs(found.pooled_differences[2:]).max() < 0.4
-    assert abs(np.diag(found.likeness).mean()) < 0.5
+    # A shell of radius 4 has 100 independent numbers (a map is real), of each of 5 differences: 4.5 standard deviations.
+    assert abs(found.pooled_differences[4:]).max() < 0.2
+    assert abs(np.diag(found.likeness).mean()) < 0.1
 
 
 def test_a_soft_mask_is_one_on_the_density_and_falls_smoothly_to_zero():
