@@ -5,7 +5,8 @@ of all particles are nearest to a point there stand for that point; the half's o
 conformation in the half. So a half's map is made by the half's model at a latent of the half's particles. What it knows of the
 other half is which of its own particles were asked for.
 
-Motion and parts are compared where the run of all particles has Gaussians, each half speaking through the nearest of its own.
+Motion and parts are compared where the run of all particles has Gaussians, each half speaking through the nearest of its own:
+one of them for its part; for its motion the mean of several, since which single Gaussian goes where no map can tell.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ MASK_SHARE, MASK_GROWN_PX, MASK_EDGE_PX = 0.02, 2.0, 3.0
 """The soft mask is 1 up to 2 px around densities above 2 % of the largest, and falls to 0 over 3 px more."""
 PRESENT = 0.1
 """Of the median peak density: Gaussians below that are switched off, and say nothing of what is near them."""
+
+NEAREST = 8
+"""Gaussians whose mean displacement is the motion at a point."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +182,10 @@ def compare_motion(run: Seen, halves: Sequence[Seen]) -> dict:
         moved = []
         for half in halves:
             there = np.flatnonzero(half.present[i])
-            nearest = there[KDTree(half.centres[i, there]).query(run.centres[i])[1]]
-            moved.append((half.centres - half.centres[i])[:, nearest].astype(np.float64))  # [K, G, 3]
+            nearest = KDTree(half.centres[i, there]).query(run.centres[i], k=min(NEAREST, len(there)))[1]
+            paths = (half.centres - half.centres[i]).astype(np.float64)
+            near = there[np.reshape(nearest, (gaussians, -1))]
+            moved.append(np.mean([paths[:, column] for column in near.T], axis=0))  # [K, G, 3]
         first, second = moved
         products = (first**2, second**2, first * second, (first - second) ** 2)
         sums += mass[i] * np.stack([np.full(gaussians, count - 1.0), *(p.sum(axis=(0, 2)) for p in products)])

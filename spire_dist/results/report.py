@@ -185,7 +185,7 @@ def _nearest_resolutions(validation: dict, points: NDArray) -> list[float]:
         return []
     compared = np.array([row["latent"] for row in validation["maps"]])
     nearest = ((points[:, None] - compared) ** 2).sum(axis=2).argmin(axis=1)
-    return [validation["maps"][i]["masked"]["0.143"] for i in nearest]
+    return [validation["maps"][i]["resolutions_a"]["matched"]["0.143"] for i in nearest]
 
 
 def _round_length(length: float) -> float:

@@ -58,8 +58,9 @@ def compare(run: FinishedRun, halves: list[FinishedRun]) -> dict:
     theirs = [Seen.of(half, latents) for half, latents in zip(halves, matched, strict=True)]
     frequencies = np.arange(run.box // 2 + 1) / (run.box * run.pixel_size)
     one, two = (fsc.spectrum(read_map(half.consensus)[0], found.mask, "rounded") for half in halves)
-    curves = _curves(found) | {"consensus": fsc.correlate(one, two)}
-    diagonal = np.arange(len(points))
+    of_each = _of_each(found)
+    curves = {name: curve.mean(axis=0) for name, curve in of_each.items()}
+    curves |= {"differences": found.pooled_differences, "consensus": fsc.correlate(one, two)}
     return {
         "halves": [
             {"run": str(half.path), "particles": half.store.count, "seed": half.config.seed, "neighbours": near}
@@ -70,20 +71,19 @@ def compare(run: FinishedRun, halves: list[FinishedRun]) -> dict:
         "mask_share_of_box": float((found.mask > 0.5).mean()),
         "frequencies": frequencies.tolist(),
         "curves": {name: curve.round(5).tolist() for name, curve in curves.items()},
-        "spread": found.masked[diagonal, diagonal].std(axis=0).round(5).tolist(),
+        "spread": of_each["matched"].std(axis=0).round(5).tolist(),
         "resolutions_a": {name: _resolutions(frequencies, curve) for name, curve in curves.items()},
+        "means": {name: round(float(curve[1:].mean()), 4) for name, curve in curves.items()},
         "maps": [
             {
                 "map": f"volumes/path_{i:03d}.mrc",
                 "latent": points[i].tolist(),
                 "latents_of_halves": [latents[i].tolist() for latents in matched],
-                "masked": _resolutions(frequencies, found.masked[i, i]),
-                "unmasked": _resolutions(frequencies, found.unmasked[i]),
-                "mismatched": _resolutions(frequencies, _others(found.masked)[i]),
-                "difference": _resolutions(frequencies, found.differences[i]),
+                "resolutions_a": {name: _resolutions(frequencies, curves[i]) for name, curves in of_each.items()},
+                "means": {name: round(float(curves[i, 1:].mean()), 4) for name, curves in of_each.items()},
                 "likeness": float(found.likeness[i, i]),
             }
-            for i in diagonal
+            for i in range(len(points))
         ],
         "likeness": found.likeness.round(4).tolist(),
         "parts": compare_parts(seen, theirs),
@@ -97,14 +97,14 @@ def _matched(run: FinishedRun, half: FinishedRun, number: int, points: Floats) -
     return match(run.latents[rows], half.latents, points)
 
 
-def _curves(found: CrossFsc) -> dict[str, NDArray[np.float64]]:
-    """Means over the conformations; of what differs between them the correlation of all together."""
+def _of_each(found: CrossFsc) -> dict[str, NDArray[np.float64]]:
+    """Curves [K, S] of the conformations."""
     matched = np.arange(len(found.unmasked))
     return {
-        "matched": found.masked[matched, matched].mean(axis=0),
-        "mismatched": _others(found.masked).mean(axis=0),
-        "differences": found.pooled_differences,
-        "unmasked": found.unmasked.mean(axis=0),
+        "matched": found.masked[matched, matched],
+        "mismatched": _others(found.masked),
+        "differences": found.differences,
+        "unmasked": found.unmasked,
     }
 
 
@@ -145,21 +145,25 @@ def table(result: dict) -> str:
     lines = [
         f"trained apart: {one['particles']} and {two['particles']} particles; {len(result['maps'])} conformations, matched by "
         f"{one['neighbours']} and {two['neighbours']} particles each",
-        f"{'resolution in Å where the FSC of both halves falls below':58}{'0.143':>8}{'0.5':>8}",
+        f"{'FSC of the two halves, inside a soft mask':50}{'0.143':>8}{'0.5 (Å)':>9}{'mean':>8}",
     ]
     names = {
         "matched": "the same conformation",
         "mismatched": "different conformations: what is rigid",
-        "consensus": "the two consensus maps",
         "differences": "differences from the mean map: what moves",
+        "consensus": "the two consensus maps",
         "unmasked": "the same conformation, without the mask",
     }
     for name, text in names.items():
         row = result["resolutions_a"][name]
-        lines.append(f"  {text:56}{row['0.143']:8.2f}{row['0.5']:8.2f}")
-    lines.append(f"{'map':24}{'0.143':>8}{'0.5':>8}   likeness of its difference from the mean map")
+        lines.append(f"  {text:48}{row['0.143']:8.2f}{row['0.5']:9.2f}{result['means'][name]:8.3f}")
+    lines.append(f"{'map':50}{'0.143':>8}{'0.5 (Å)':>9}{'mean':>8}{'others':>8}{'likeness':>10}")
     for row in result["maps"]:
-        lines.append(f"{row['map']:24}{row['masked']['0.143']:8.2f}{row['masked']['0.5']:8.2f}   {row['likeness']:.2f}")
+        level, mean = row["resolutions_a"]["matched"], row["means"]
+        lines.append(
+            f"  {row['map']:48}{level['0.143']:8.2f}{level['0.5']:9.2f}{mean['matched']:8.3f}{mean['mismatched']:8.3f}"
+            f"{row['likeness']:10.2f}"
+        )
     parts, motion = result["parts"], result["motion"]
     moving = "not in both" if parts["moving"] is None else f"{parts['moving']:.3f}"
     first, second = parts["moving_share_of_mass"]

@@ -114,10 +114,14 @@ def test_equal_motion_correlates_fully_and_its_size_is_told(body):
 
 def test_independent_motion_does_not_correlate_and_opposite_motion_does_negatively(body):
     rng = np.random.default_rng(5)
-    ways = [rng.normal(0, 3, (5, 280, 3)) for _ in range(2)]
-    found = compare_motion(body, [another(body, rng, way=way) for way in ways])
-    assert abs(found["correlation"]) < 0.1
-    assert found["difference_a"] == pytest.approx(np.hypot(*found["rms_a"]), rel=0.1)
+    found = [
+        compare_motion(body, [another(body, rng, way=rng.normal(0, 3, (5, 280, 3))) for _ in range(2)])
+        for _ in range(30)
+    ]
+    # One such motion has some 100 independent numbers (neighbours share their mean), thirty have a deviation of 0.02.
+    assert abs(np.mean([one["correlation"] for one in found])) < 0.06
+    together = np.mean([one["difference_a"] / np.hypot(*one["rms_a"]) for one in found])
+    assert together == pytest.approx(1, abs=0.05)
     there = another(body, rng)
     back = Seen(2 * there.centres[:1] - there.centres, there.amplitudes, there.widths, there.parts)
     assert compare_motion(body, [there, back])["parts"][1]["correlation"] < -0.5
