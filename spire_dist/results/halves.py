@@ -172,7 +172,8 @@ def compare_parts(run: Seen, halves: Sequence[Seen]) -> dict:
 def compare_motion(run: Seen, halves: Sequence[Seen]) -> dict:
     """Agreement of the displacements of two halves between all pairs of the K conformations, and for each part of the run.
 
-    correlation   Σ w d1 · d2 / √(Σ w |d1|² Σ w |d2|²): 1 equal, 0 nothing in common; not centred, no motion is a finding too
+    correlation   Σ w d1 · d2 / √(Σ w |d1|² Σ w |d2|²): 1 equal, 0 nothing in common; not centred, no motion is a finding too.
+                  Wild motion as large as the bodies comes out at 0.2: what is far out came from further in, in both halves
     rms_a         of each half's displacements, Å;  difference_a: of d1 - d2
     """
     count, gaussians = run.amplitudes.shape

@@ -16,10 +16,12 @@ from spire_dist.data.store import ParticleStore
 from spire_dist.data.views import HALVES, half_rows, half_view
 from spire_dist.errors import ConfigError, RunError, Stopped
 from spire_dist.results import plots_of_halves
+from spire_dist.results.report import render_page, write_report
 from spire_dist.results.validate import table, validate
 from spire_dist.simulation.simulate import simulate
 from spire_dist.training import trainer
 from spire_dist.training.halves import half_folder
+from spire_dist.training.run import load_run
 from spire_dist.training.saving import read_state
 from spire_dist.training.validation import held_out_gain
 
@@ -68,26 +70,54 @@ def test_the_comparison_is_written_told_and_drawn(run, result):
     assert min(result["curves"]["matched"][1:4]) > 0.8
 
 
+def test_the_report_shows_it_beside_every_map(run, result, finished_table):
+    page = write_report(run, frames=8, pixels=48).read_text()
+    assert "<h2>Two halves</h2>" in page
+    for row in result["maps"]:
+        assert (
+            f'<td><code>{row["map"]}</code></td><td class="n">{row["resolutions_a"]["matched"]["0.143"]:.2f}</td>'
+            in page
+        )
+    assert page.count(" Å</div>") >= 8  # the stills, each with the resolution of the nearest map
+    without = render_page(load_run(finished_table), finished_table, frames=2, pixels=48)
+    assert "Two halves" not in without
+    assert "validation" not in without
+
+
 def test_a_finished_comparison_is_made_again_without_training(run, result, monkeypatch):
     monkeypatch.setattr(trainer, "learn", lambda *_: pytest.fail("trained again"))
     assert validate(run) == result
 
 
-@pytest.mark.parametrize("step", [10, 50])
-def test_stopped_and_continued_is_the_same_comparison(run, result, finished_table, tmp_path, monkeypatch, step):
-    """Within the first half (20 and 12 steps), or within the second."""
+class Crash(BaseException):
+    """Stands for the end of the process: nothing may be saved on the way out."""
+
+
+def crash() -> None:
+    raise Crash
+
+
+@pytest.mark.parametrize(
+    ("step", "act", "left"),
+    [(10, lambda: os.kill(os.getpid(), signal.SIGTERM), Stopped), (50, crash, Crash)],
+    ids=["stopped in the first half", "killed in the second"],
+)
+def test_stopped_or_killed_and_continued_is_the_same_comparison(
+    run, result, finished_table, tmp_path, monkeypatch, step, act, left
+):
+    """A half has 20 and 12 steps."""
     copy = Path(shutil.copytree(finished_table, tmp_path / "run", symlinks=True))
     original, steps = trainer.learn, []
 
     def learn(*arguments):
         steps.append(1)
         if len(steps) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            act()
         return original(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "learn", learn)
-        with pytest.raises(Stopped, match="run the same command to go on"):
+        with pytest.raises(left):
             validate(copy)
     assert not (copy / "validation.json").exists()
     manifests = [half_folder(copy, half) / "particles.zarr" / "manifest.json" for half in HALVES]
