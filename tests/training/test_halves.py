@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.halves import curves
 from data_prep.convert import prepare
 from spire_dist.config import load_config
 from spire_dist.data.store import ParticleStore
@@ -82,6 +83,15 @@ def test_the_report_shows_it_beside_every_map(run, result, finished_table):
     without = render_page(load_run(finished_table), finished_table, frames=2, pixels=48)
     assert "Two halves" not in without
     assert "validation" not in without
+
+
+def test_a_known_truth_tells_how_far_to_trust_the_halves(run, result, tiny_truth):
+    halves, own, one, rigid = curves(run, tiny_truth)
+    assert halves.shape == own.shape == one.shape == rigid.shape == (4, 13)
+    for found in (halves, own, one, rigid):
+        assert found[:, 1:4].min() > 0.6  # the molecule's outline
+        assert found.max() <= 1 + 1e-9
+    assert own[:, 1:6].mean() > one[:, 1:6].mean()  # all particles know more than half of them
 
 
 def test_a_finished_comparison_is_made_again_without_training(run, result, monkeypatch):
