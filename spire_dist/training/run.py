@@ -2,6 +2,7 @@
 
 config.toml  command.txt  environment.json  STATUS.json  metrics.jsonl  tb/  checkpoints/  latest
 volumes/consensus*.mrc  latents.npy  parts.npy  stage1/ (the coarse model as it ended, laid out like the run itself)
+halves/1  halves/2 (the runs on two halves of the particles that `validate` makes)
 """
 
 import json

@@ -137,6 +137,14 @@ def test_stopped_or_killed_and_continued_is_the_same_comparison(
     assert json.dumps(again).replace(str(copy), str(run)) == json.dumps(result)
 
 
+@pytest.mark.slow
+def test_halves_trained_on_two_ranks_agree_as_those_on_one(result, finished_table, tmp_path):
+    copy = Path(shutil.copytree(finished_table, tmp_path / "run", symlinks=True))
+    again = validate(copy, processes=2)
+    np.testing.assert_allclose(again["curves"]["consensus"], result["curves"]["consensus"], atol=1e-3)
+    np.testing.assert_allclose(again["curves"]["matched"][1:4], result["curves"]["matched"][1:4], atol=0.05)
+
+
 def test_what_cannot_be_validated_is_refused(finished_table, tmp_path, refusal, monkeypatch, train_tiny):
     refusal(RunError, ["not a run directory"], lambda: validate(tmp_path))
     copy = Path(shutil.copytree(finished_table, tmp_path / "run", symlinks=True))
