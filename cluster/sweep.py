@@ -23,9 +23,9 @@ from cluster.sweep_results import write_results
 from cluster.sweep_space import Space, load_space
 from spire_dist.data.order import Order
 from spire_dist.data.store import ParticleStore
+from spire_dist.data.views import training_view
 from spire_dist.distributed.stopping import STOP_SIGNALS
 from spire_dist.errors import ConfigError, Stopped
-from spire_dist.training.validation import training_view
 
 CRASHES = 2
 """How often Ray starts a trial again, perhaps elsewhere, whose processes crash."""

@@ -373,6 +373,19 @@ def evaluate(
 
 
 @app.command()
+def validate(
+    run: Run,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine for each half.")] = 1,
+) -> None:
+    """Train a finished run again on each half of its particles and compare the two. The same command goes on after Ctrl-C."""
+    from spire_dist.results import validate as module
+    from spire_dist.results.report import write_report
+
+    print(module.table(module.validate(run, processes)))
+    print(f"{write_report(run)}: the report, validation included")
+
+
+@app.command()
 def fsc(
     first: Annotated[Path, typer.Argument(help="Map (.mrc).")],
     second: Annotated[Path, typer.Argument(help="Map of the same box and pixel size.")],

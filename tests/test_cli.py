@@ -188,7 +188,9 @@ def test_what_is_no_store_is_told(tmp_path, mistake, verb):
     mistake([verb, tmp_path], tmp_path, "not a particle store")
 
 
-@pytest.mark.parametrize("words", [["evaluate", "RUN", "TRUTH"], ["export", "RUN", "OUT"], ["report", "RUN"]])
+@pytest.mark.parametrize(
+    "words", [["evaluate", "RUN", "TRUTH"], ["validate", "RUN"], ["export", "RUN", "OUT"], ["report", "RUN"]]
+)
 def test_what_is_no_run_is_told(tmp_path, mistake, words):
     mistake(
         [tmp_path / "none" if word == "RUN" else tmp_path / word if word.isupper() else word for word in words], "none"
@@ -259,6 +261,7 @@ def flow(tmp_path_factory):
         "verify": [store],
         "train": ["--preset", "demo", "--store", store, "--run", run, *(w for s in small for w in ("--set", s))],
         "evaluate": [run, truth, "--images", 8],
+        "validate": [run],
         "export": [run, folder / "out", "--frames", 4, "--particles", "0,7"],
         "report": [run],
         "fsc": [run / "volumes" / "consensus_half1.mrc", run / "volumes" / "consensus_half2.mrc"],
@@ -281,6 +284,7 @@ def test_the_flow_leaves_all_the_files_that_it_promises(flow):
     folder, _ = flow
     for name in ("truth/particles.star", "store/manifest.json", "store.png", "run/latents.npy", "run/parts.npy",
                  "run/particles.star", "run/report.html", "run/evaluation.json", "run/evaluation.png", "run/STATUS.json",
+                 "run/validation.json", "run/validation.png", "run/halves/2/latents.npy",
                  "run/volumes.csv", "run/parts.cif", "run/parts.cxc", "out/particles.star", "out/latents.csv"):  # fmt: skip
         assert (folder / name).stat().st_size > 0, name
     assert not list(folder.rglob("*partial*"))
@@ -293,6 +297,8 @@ def test_the_flow_says_what_it_did_and_what_comes_next(flow):
     assert "24" in printed["inspect"]
     assert printed["verify"].strip() == f"{folder / 'store'}: good"
     assert "report.html" in printed["train"]
+    assert "volumes/path_002.mrc" in printed["validate"]
+    assert "has not seen" in printed["validate"]
     assert "Å" in printed["fsc"]
 
 

@@ -22,6 +22,8 @@ from spire_dist.errors import StoreError
 
 Runs = NDArray[np.int64] | Sequence[tuple[int, int]]
 NOT_THERE = 2**64 - 1
+PLACED = "chunks_of_another_store"
+"""Field of `images/zarr.json` in a view whose chunk i is chunk first + every · i of the shards it is linked to."""
 CODECS = {("bytes",): False, ("bytes", "zstd"): True}
 """Codecs of a chunk, and whether it must be decompressed."""
 
@@ -37,6 +39,9 @@ class Shards:
     images_per_chunk: int
     images_per_shard: int
     compressed: bool
+    first: int = 0
+    every: int = 1
+    """Chunk i of this array is chunk first + every · i of its files."""
     _indexes: dict[int, NDArray[np.uint64]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -49,6 +54,7 @@ class Shards:
         if names not in CODECS or inner["index_location"] != "end":
             raise ValueError(f"images in codecs {', '.join(names)}, index at the {inner['index_location']}")
         count, box, _ = about["shape"]
+        placed = about.get(PLACED, {"first": 0, "every": 1})
         return cls(
             folder=folder,
             count=count,
@@ -57,6 +63,8 @@ class Shards:
             images_per_chunk=inner["chunk_shape"][0],
             images_per_shard=about["chunk_grid"]["configuration"]["chunk_shape"][0],
             compressed=CODECS[names],
+            first=placed["first"],
+            every=placed["every"],
         )
 
     def path(self, shard: int) -> Path:
@@ -90,8 +98,14 @@ class Shards:
 
     def _by_shard(self, runs: Runs) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """Runs that follow each other and are of one shard, their first images counted from its beginning."""
-        for shard, of_shard in groupby(runs, key=lambda run: int(run[0]) // self.images_per_shard):
-            yield shard, [(int(first) % self.images_per_shard, int(count)) for first, count in of_shard]
+        placed = ((self._place(int(first)), int(count)) for first, count in runs)
+        for shard, of_shard in groupby(placed, key=lambda run: run[0] // self.images_per_shard):
+            yield shard, [(first % self.images_per_shard, count) for first, count in of_shard]
+
+    def _place(self, image: int) -> int:
+        """Where an image of this array lies in the files."""
+        chunk, within = divmod(image, self.images_per_chunk)
+        return (self.first + self.every * chunk) * self.images_per_chunk + within
 
     @contextmanager
     def _opened(self, shard: int) -> Iterator[tuple[int, NDArray[np.uint64]]]:

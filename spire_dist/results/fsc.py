@@ -88,6 +88,15 @@ def correlate(a: Spectrum, b: Spectrum) -> np.ndarray:
     return np.divide(cross, norm, out=empty, where=norm > 0)
 
 
+def without_mean(spectra: list[Spectrum]) -> list[Spectrum]:
+    """Spectra of maps in one box, each without the mean of all: of what differs between them."""
+    _, shell, twice, count = _lattice(spectra[0].box, spectra[0].shells)
+    mean = sum(each.coefficients for each in spectra) / len(spectra)
+    rest = [each.coefficients - mean for each in spectra]
+    powers = [np.bincount(shell, twice * np.abs(own) ** 2, minlength=count) for own in rest]
+    return [Spectrum(each.box, each.shells, *found) for each, *found in zip(spectra, rest, powers, strict=True)]
+
+
 def benchmark_curve(a: Spectrum, b: Spectrum) -> np.ndarray:
     """The benchmark's curve [D/2] of two spectra with its shells: rounded to seven decimals, clipped, entry 0 = 1."""
     curve = np.clip(np.round(correlate(a, b), 7), 0.0, 1.0)

@@ -135,7 +135,7 @@ def scores(evaluation: dict) -> Figure:
     )
     right.set(xlabel="conformation", ylabel=f"AUC, {where}", title="area under the curve of each conformation")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _resolution_axis(left, frequency)
+    resolution_axis(left, frequency)
     legend(left, "lower left")
     return canvas
 
@@ -171,7 +171,7 @@ def half_maps(found: fsc.MapFsc) -> Figure:
         axes.axhline(level, color=GREY, linestyle="--", linewidth=0.8)
         axes.annotate(f"{level}: {at:.3g} Å", (0, level), (4, 3), fontsize=8, color=INK, textcoords="offset points")
     axes.set(ylim=(min(-0.05, found.curve.min()), 1.02), ylabel="FSC, unmasked", title="half maps of the consensus")
-    _resolution_axis(axes, found.frequencies)
+    resolution_axis(axes, found.frequencies)
     return canvas
 
 
@@ -201,7 +201,7 @@ def plot_evaluation(path: Path, evaluation: dict) -> None:
     canvas.savefig(path, dpi=150, facecolor="white", format="png")
 
 
-def _resolution_axis(axes: Axes, frequency: NDArray) -> None:
+def resolution_axis(axes: Axes, frequency: NDArray) -> None:
     """Frequencies in 1/Å below, labelled by their resolution in Å."""
     axes.set_xlim(0, frequency[-1])
     axes.set_xlabel("resolution (Å)")

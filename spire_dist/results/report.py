@@ -24,7 +24,7 @@ from spire_dist.maps import read_map
 from spire_dist.physics.ctf import contrast_transfer, frequency_grid
 from spire_dist.physics.projector import project
 from spire_dist.progress import progress
-from spire_dist.results import fsc, plots, surfaces
+from spire_dist.results import fsc, plots, plots_of_halves, surfaces
 from spire_dist.results.agreement import displacement, variable_share
 from spire_dist.results.latent_paths import named_path, principal
 from spire_dist.results.pseudo_atoms import chain_names, part_colour
@@ -46,6 +46,8 @@ FILES = {
     "parts.npy": "part of every Gaussian",
     "evaluation.json": "scores against the truth",
     "evaluation": "FSC curves as text",
+    "validation.json": "comparison of two halves of the particles",
+    "halves": "the runs on the two halves",
     "metrics.jsonl": "what was logged while training",
     "config.toml": "every setting",
 }
@@ -73,6 +75,7 @@ def render_page(
     points = named_path(run.latents, path, frames, seed)
     centres, amplitudes = decode_in_batches(run, points)
     evaluation, records = read_json(folder / "evaluation.json"), read_metrics(folder)
+    validation = read_json(folder / "validation.json")
     halves = [run.consensus.with_name(f"consensus_half{n}.mrc") for n in (1, 2)]
     half_fsc = None
     if all(half.exists() for half in halves):
@@ -96,6 +99,10 @@ def render_page(
         "training": _svg(plots.training(records), "training") if records else None,
         "speed": _speed(records),
         "half_fsc": asdict(half_fsc) if half_fsc else None,
+        "validation": validation or None,
+        "still_resolutions": _nearest_resolutions(validation, points[:: max(1, len(points) // STILLS)][:STILLS]),
+        "validated": _svg(plots_of_halves.validation(validation), "validation") if validation else None,
+        "part_names": dict(zip(map(int, found := np.unique(run.parts)), chain_names(len(found)), strict=True)),
         "half_maps": _svg(plots.half_maps(half_fsc), "halves") if half_fsc else None,
         "data": _svg(
             plots.data_facts(run.store.ctf[:, :2].mean(axis=1), run.store.rotations, run.store.shifts), "data"
@@ -171,6 +178,15 @@ def _window(pictures: list[NDArray], margin: int = 4) -> tuple[slice, slice]:
         low, high = (used[0], used[-1]) if len(used) else (0, drawn.shape[1 - axis] - 1)
         spans.append(slice(max(0, low - margin), high + 1 + margin))
     return spans[0], spans[1]
+
+
+def _nearest_resolutions(validation: dict, points: NDArray) -> list[float]:
+    """Of each point [K, L] the resolution in Å between the halves at the nearest conformation compared; none without any."""
+    if not validation:
+        return []
+    compared = np.array([row["latent"] for row in validation["maps"]])
+    nearest = ((points[:, None] - compared) ** 2).sum(axis=2).argmin(axis=1)
+    return [validation["maps"][i]["resolutions_a"]["matched"]["0.143"] for i in nearest]
 
 
 def _round_length(length: float) -> float:

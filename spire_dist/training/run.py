@@ -3,6 +3,7 @@
 config.toml  command.txt  environment.json  STATUS.json  metrics.jsonl  tb/  checkpoints/  latest
 volumes/consensus*.mrc  latents.npy  parts.npy  poses.npz (where they are refined)
 stage1/ (the coarse model as it ended, laid out like the run itself)
+halves/1  halves/2 (the runs on two halves of the particles that `validate` makes)
 """
 
 import json
@@ -46,7 +47,7 @@ def open_run(run: Path, config: RunConfig, store: ParticleStore) -> None:
         (run / "volumes").mkdir(parents=True, exist_ok=True)
         if (run / "latest").exists() or (run / "volumes" / "consensus.mrc").exists():
             _refuse_other_config(run, config)
-            _refuse_other_particles(run, store)
+            refuse_other_particles(run, store)
         else:
             _write_origin(run, store)
         write_durably(run / "config.toml", dump_config(config))
@@ -72,7 +73,8 @@ def _write_origin(run: Path, store: ParticleStore) -> None:
     (run / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 
 
-def _refuse_other_particles(run: Path, store: ParticleStore) -> None:
+def refuse_other_particles(run: Path, store: ParticleStore) -> None:
+    """Raise RunError where a store does not hold the particles, poses and CTFs that a run was started on."""
     known = json.loads((run / "environment.json").read_text())["store_fingerprint"]
     if known != store.fingerprint:
         raise RunError(f"{run}: was started on particles with fingerprint {known[:12]}, {store.path} has "

@@ -85,7 +85,7 @@ def train(config: RunConfig, run: Path, blocks: Blocks | None = None) -> bool:
         raise ConfigError(
             "data.loader = ray: its readers come from cluster.ray_loader; hand them to train(..., blocks=...)"
         )
-    device, parallel = _choose_device(config), config.parallel
+    device, parallel = choose_device(config), config.parallel
     groups = parallel.engine == "deepspeed"  # it wants them even for one process
     with (
         StopFlag() as stop,
@@ -348,7 +348,8 @@ def _resample(volume: NDArray[np.float32], given_a: float, box: int, pixel_size:
     return map_coordinates(volume, grid, order=3, mode="constant").astype(np.float32)
 
 
-def _choose_device(config: RunConfig) -> torch.device:
+def choose_device(config: RunConfig) -> torch.device:
+    """Where a configuration trains. Raises ConfigError for a GPU that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = cuda: this machine has no CUDA device; set device to auto or cpu")
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")

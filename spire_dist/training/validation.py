@@ -1,31 +1,29 @@
-"""How well a model explains particles it was not trained on: what configurations are compared by. Called by sweeps.
+"""How well a model explains particles it was not trained on. Called by sweeps, which compare configurations by it, and by
+`validate`, which asks whether latents explain what they were not fitted to.
 
-A store is written in a random order, so its last rows are a random sample: training sees a view of the store that ends before
-them. For them the model stands still, and only their latents are found. Latents could fit an image's noise too, the more the
-more numbers they have; so they are fitted to one half of the image's Fourier coefficients, drawn once, and the loss is that
-of the other half.
+In a sweep a store is written in a random order, so its last rows are a random sample: training sees a view of the store that
+ends before them. For them the model stands still, and only their latents are found. Latents could fit an image's noise too, the
+more the more numbers they have; so they are fitted to one half of the image's Fourier coefficients, drawn once, and the loss is
+that of the other half.
 """
 
-import hashlib
-import json
 import math
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spire_dist.config import RunConfig
 from spire_dist.data.loader import Batch, BatchSource
-from spire_dist.data.store import SHARDS, ParticleStore, map_table
-from spire_dist.errors import StoreError
-from spire_dist.files import replacing
+from spire_dist.data.store import ParticleStore
 from spire_dist.model.image_model import render, squared_residuals
 from spire_dist.model.latents import ImageEncoder
 from spire_dist.model.mixtures import Mixture
-from spire_dist.schema import MANIFEST_NAME, SCHEMA_VERSION, STACKS_NAME
+from spire_dist.physics.projector import project
+from spire_dist.progress import progress
 from spire_dist.training.saving import State, encoder_from_state, mixture_from_state
 
 MOST_HELD_OUT = 2000
@@ -34,48 +32,9 @@ FIT_STEPS = 20
 FIT_RATE = 0.3
 """Of Adam, in latent units, falling to 0: enough to go 3 units from zero, where it starts."""
 BATCH = 64
+STARTS = 32
+"""Latents drawn from those of the model's own particles: their mean map is the rigid model, the best of them a fit's start."""
 HALVES_SEED = 0
-
-
-def training_view(store: ParticleStore, folder: Path, count: int) -> ParticleStore:
-    """A store of the first `count` particles of another: tables of its own, images by a link. One that is there is used.
-
-    Raises StoreError for a store in the order of its input, whose last particles are no random sample.
-    """
-    if not store.attributes.get("options", {}).get("shuffle", True):
-        raise StoreError(f"{store.path}: its particles are in the order of their file, so that the last ones are no random "
-                         "sample; prepare it without --no-shuffle")  # fmt: skip
-    fingerprint = hashlib.sha256(f"{store.fingerprint} first {count}".encode()).hexdigest()
-    if not (folder / MANIFEST_NAME).exists():
-        with replacing(folder, flushed=True) as partial:
-            _write_view(store, partial, count, fingerprint)
-    view = ParticleStore.open(folder)
-    if view.fingerprint != fingerprint:
-        raise StoreError(f"{folder}: made of another store than {store.path} as it is now; begin a new folder")
-    return view
-
-
-def _write_view(store: ParticleStore, folder: Path, count: int, fingerprint: str) -> None:
-    (folder / "images").mkdir(parents=True)
-    (folder / SHARDS).symlink_to((store.path / SHARDS).resolve(), target_is_directory=True)
-    group = json.loads((store.path / "zarr.json").read_text())
-    group["attributes"]["count"] = count
-    files = {"zarr.json": json.dumps(group).encode(), STACKS_NAME: (store.path / STACKS_NAME).read_bytes()}
-    for about_file in sorted(store.path.glob("*/zarr.json")):
-        name, about = about_file.parent.name, json.loads(about_file.read_text())
-        about["shape"][0] = count
-        if name != "images":
-            about["chunk_grid"]["configuration"]["chunk_shape"][0] = count
-            place = "/".join([name, "c", *("0" for _ in about["shape"])])
-            files[place] = np.ascontiguousarray(map_table(store.path, name)[:count]).tobytes()
-        files[f"{name}/zarr.json"] = json.dumps(about).encode()
-    entries = {}
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-        entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest = {"schema_version": SCHEMA_VERSION, "fingerprint": fingerprint, "files": entries}
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1))
 
 
 def held_out_loss(state: State, config: RunConfig, store: ParticleStore, first: int, device: torch.device) -> float:
@@ -96,6 +55,50 @@ def held_out_loss(state: State, config: RunConfig, store: ParticleStore, first: 
     return total / ((end - first) * pixels)
 
 
+def held_out_gain(
+    state: State, config: RunConfig, store: ParticleStore, latents: NDArray[np.float32], device: torch.device
+) -> NDArray[np.float64]:
+    """How much better a latent of its own explains each of a store's first particles than the model's mean map does.
+
+    In nats [n], n at most `MOST_HELD_OUT`: log-likelihood of the coefficients not fitted to, where noise is white with unit
+    variance. `latents` [M, L] are those of particles the model knows; the mean map is that over `STARTS` of them, which is the
+    rigid map closest to them all. Squares are convex, so latents that say nothing of the judged coefficients lose (Jensen);
+    a gain means that what is seen in one half of the coefficients foretells the other. An encoder is not asked: it sees both.
+    """
+    mixture = mixture_from_state(state, config).to(device).eval().requires_grad_(False)
+    source = BatchSource(store)
+    fitted, judged = (half.to(device) for half in _halves(store.box)[:2])
+    drawn = np.random.default_rng(config.seed).choice(len(latents), min(STARTS, len(latents)), replace=False)
+    starts = torch.from_numpy(latents[drawn]).to(device)
+    count, gains = min(store.count, MOST_HELD_OUT), []
+    for start in progress(range(0, count, BATCH), "held-out particles", unit="batch"):
+        batch = _moved(source.batch(np.arange(start, min(start + BATCH, count))), device)
+        rigid, nearest = _mean_map(mixture, starts, batch, fitted, judged, config, state.stage)
+        z = _fit(mixture, starts[nearest].clone(), batch, fitted, config, state.stage)
+        with torch.no_grad():
+            flexible = _misfit(mixture, z, batch, judged, config, state.stage)
+        gains.append(0.5 * (rigid - flexible).double().cpu().numpy())
+    return np.concatenate(gains)
+
+
+@torch.no_grad()
+def _mean_map(
+    mixture: Mixture, starts: Tensor, batch: Batch, fitted: Tensor, judged: Tensor, config: RunConfig, stage: int
+) -> tuple[Tensor, Tensor]:
+    """Of each image [B]: the misfit of the mean map of latents [S, L] on one half of the coefficients, and which of the latents
+    is best on the other.
+    """
+    cut, box = (config.stage1 if stage == 1 else config.stage2).cut, batch.images.shape[-2]
+    widths, poses = mixture.gaussians.widths_px(), (batch.rotations, batch.shifts_px)
+    total, misfits = torch.zeros(len(batch.rows), box, box, device=batch.images.device), []
+    for centres, amplitudes in zip(*mixture.deform(starts), strict=True):
+        projections = project(centres, amplitudes, widths, *poses, box, 1.0, cut, config.projector)
+        total += projections
+        misfits.append(squared_residuals(projections, batch.ctf * fitted, batch.images * fitted))
+    mean = total / len(starts)
+    return squared_residuals(mean, batch.ctf * judged, batch.images * judged), torch.stack(misfits).argmin(0)
+
+
 def _latents(
     mixture: Mixture, encoder: ImageEncoder | None, batch: Batch, half: Tensor, config: RunConfig, stage: int
 ) -> Tensor:
@@ -103,7 +106,13 @@ def _latents(
     if encoder is not None:
         with torch.no_grad():
             return encoder(batch.images, batch.ctf, batch.rotations, batch.shifts_px)
-    latents = torch.zeros(len(batch.rows), config.latent.dimension, device=batch.images.device, requires_grad=True)
+    start = torch.zeros(len(batch.rows), config.latent.dimension, device=batch.images.device)
+    return _fit(mixture, start, batch, half, config, stage)
+
+
+def _fit(mixture: Mixture, latents: Tensor, batch: Batch, half: Tensor, config: RunConfig, stage: int) -> Tensor:
+    """Latents [B, L] that explain one half of the coefficients best, under the prior, from a start that they overwrite."""
+    latents.requires_grad_(True)
     adam = torch.optim.Adam([latents])
     for step in range(FIT_STEPS):
         adam.param_groups[0]["lr"] = FIT_RATE * 0.5 * (1 + math.cos(math.pi * step / FIT_STEPS))

@@ -26,11 +26,11 @@ from cluster.sweep_space import Space, load_space
 from cluster.trial_process import report, steps_of
 from spire_dist.config import dump_config, load_config
 from spire_dist.data.store import ParticleStore
+from spire_dist.data.views import training_view
 from spire_dist.results.evaluate import score
 from spire_dist.training.run import load_run
 from spire_dist.training.saving import read_state
 from spire_dist.training.train import train
-from spire_dist.training.validation import training_view
 
 KEPT = 200
 

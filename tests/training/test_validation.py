@@ -10,9 +10,10 @@ import torch
 
 from spire_dist.config import load_config
 from spire_dist.data.store import ParticleStore
+from spire_dist.data.views import training_view
 from spire_dist.errors import StoreError
 from spire_dist.training.saving import read_state
-from spire_dist.training.validation import _halves, held_out_loss, training_view
+from spire_dist.training.validation import _halves, held_out_loss
 
 CPU = torch.device("cpu")
 KEPT = 200
