@@ -96,8 +96,12 @@ def main(
 
 
 def settle(config: RunConfig, quick: bool) -> RunConfig:
-    """Without warm-up, and with step sizes so small that the Gaussians stay as wide and as far apart as they were made."""
-    changes: dict = {"warmup_epochs": 0.0, "rates": RatesConfig(**dict.fromkeys(RatesConfig.model_fields, 1e-9))}
+    """No warm-up, no tries, and step sizes so small that the Gaussians stay as wide and as far apart as they were made."""
+    changes: dict = {
+        "warmup_epochs": 0.0,
+        "tries": 0,
+        "rates": RatesConfig(**dict.fromkeys(RatesConfig.model_fields, 1e-9)),
+    }
     if quick:
         changes |= {"gaussians": 128, "batch": 4}
     stages = {"stage1": config.stage1.model_copy(update=changes), "stage2": config.stage2.model_copy(update=changes)}
