@@ -82,7 +82,7 @@ def train_stage(
     order = training_order(source, config, trainee.stage)
     per_epoch = order.steps_per_epoch
     total, warmup = round(stage.epochs * per_epoch), round(stage.warmup_epochs * per_epoch)
-    refine_from = round(config.poses.start * total)
+    refine_from, rigid = round(config.poses.start * total), round(config.poses.rigid_epochs * per_epoch)
     data = Prefetcher(source.training(order, trainee.step, mesh.rank, mesh.world))
     saved_at = time.monotonic()
     log.restart_interval()
@@ -93,8 +93,10 @@ def train_stage(
                 mesh.pulse.step = trainee.step
             batch = data.next()
             factor = rate_factor(trainee.step, total, stage.final_rate)
-            warm, refine = trainee.step < warmup, trainee.step >= refine_from
-            own = learn(trainee, batch, factor, factor * stage.rates.latents, warm, refine)
+            since = trainee.step - refine_from
+            visits = since // per_epoch + 1 if since >= 0 else 0
+            warm = trainee.step < warmup or (trainee.poses is not None and 0 <= since < rigid)
+            own = learn(trainee, batch, factor, factor * stage.rates.latents, warm, visits)
             trainee.step += 1
             asked = stop.requested is not None
             due = mesh.rank == 0 and (log.due() or trainee.step == total)
@@ -114,19 +116,22 @@ def train_stage(
         data.close()
 
 
-def learn(trainee: Trainee, batch: Batch, factor: float, latent_rate: float, warm: bool, refine: bool = True) -> Tensor:
+def learn(trainee: Trainee, batch: Batch, factor: float, latent_rate: float, warm: bool, visits: int = 1) -> Tensor:
     """One step on a rank's batch; returns its (objective, sum of squared residuals per pixel), [2].
 
-    refine  whether poses are corrected, where the trainee has a table for it
+    visits  which visit of the batch's particles this is for the table of poses, where there is one; 0: none yet
     """
-    table, poses = trainee.table, trainee.poses if refine else None
+    table, poses = trainee.table, trainee.poses if visits else None
     latents, corrections = (_read(own, batch, trainee.step) for own in (table, poses))
-    objective, squared = trainee.engine(batch, latents, warm, corrections)
+    rests = warm and poses is not None  # latents that no image is rendered at, but which are wanted as they are
+    objective, squared = trainee.engine(
+        batch, latents.detach() if rests and latents is not None else latents, warm, corrections
+    )
     trainee.engine.descend(objective, factor)
-    if table is not None:
+    if table is not None and not rests:
         table.descend(latent_rate)
     if poses is not None:
-        poses.descend(factor)
+        poses.descend(factor, visits)
     return torch.stack([objective.detach(), squared])
 
 
