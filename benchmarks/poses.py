@@ -6,8 +6,8 @@ with these refined.
 The set is that of `benchmarks.igg`, and OUT/run its run with the true poses. In a copy of the particle file every pose is then
 turned about a random axis and shifted in a random direction, by normal errors of the root mean squares given; a run on that is
 trained with and without `poses.refine`, and a last one, without, on the particles that this wrote. Settings hold for all four.
-The errors that are told are those left when the model may turn and move as a whole, which no image can tell from all poses being
-off by the same. OUT/poses.json holds every number printed.
+The errors that are told are those left when the model may turn and move as a whole, which no image can tell from all poses
+being off by the same. OUT/poses.json holds every number printed.
 """
 
 import json

@@ -123,10 +123,10 @@ def learn(trainee: Trainee, batch: Batch, factor: float, latent_rate: float, war
     """
     table, poses = trainee.table, trainee.poses if visits else None
     latents, corrections = (_read(own, batch, trainee.step) for own in (table, poses))
-    rests = warm and poses is not None  # latents that no image is rendered at, but which are wanted as they are
-    objective, squared = trainee.engine(
-        batch, latents.detach() if rests and latents is not None else latents, warm, corrections
-    )
+    rests = warm and poses is not None  # the model rests at z = 0, and latents are wanted afterwards as they are now
+    if rests and latents is not None:
+        latents = latents.detach()
+    objective, squared = trainee.engine(batch, latents, warm, corrections)
     trainee.engine.descend(objective, factor)
     if table is not None and not rests:
         table.descend(latent_rate)
