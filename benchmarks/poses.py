@@ -51,7 +51,8 @@ def main(
     """Simulate, put the poses off, train four times, evaluate; print and write what came of it."""
     data, store = make_set(out, model, ctf_table, states, particles, seed)
     pixel_size = ParticleStore.open(store).pixel_size
-    perturb(data / "particles.star", data / "perturbed.star", turn_deg, shift_px * pixel_size, seed + 1)
+    if not (data / "perturbed.star").exists():  # it tells its date, and would be another to prep
+        perturb(data / "particles.star", data / "perturbed.star", turn_deg, shift_px * pixel_size, seed + 1)
     wrong = out / "store-perturbed"
     cli.prep(data / "perturbed.star", wrong)
     for name in RUNS:
