@@ -5,9 +5,9 @@ with these refined.
 
 The set is that of `benchmarks.igg`, and OUT/run its run with the true poses. In a copy of the particle file every pose is then
 turned about a random axis and shifted in a random direction, by normal errors of the root mean squares given; a run on that is
-trained with and without `poses.refine`. Settings hold for all three runs. The errors that are told are those left when
-the model may turn and move as a whole, which no image can tell from all poses being off by the same. OUT/poses.json holds every
-number printed.
+trained with and without `poses.refine`, and a last one, without, on the particles that this wrote. Settings hold for all four.
+The errors that are told are those left when the model may turn and move as a whole, which no image can tell from all poses
+being off by the same. OUT/poses.json holds every number printed.
 """
 
 import json
@@ -32,6 +32,7 @@ from spire_dist.training.run import load_run
 
 Poses = tuple[NDArray, NDArray]
 """Rotations [N, 3, 3] and shifts [N, 2] Å, or px where that is said."""
+RUNS = {"run": "true poses", "run-perturbed": "perturbed", "run-refined": "refined", "run-again": "again on these"}
 ANGLES, ORIGINS = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"], ["rlnOriginXAngst", "rlnOriginYAngst"]
 
 
@@ -47,19 +48,20 @@ def main(
     shift_px: Annotated[float, typer.Option(help="Root mean square length of the errors.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the simulation and of the errors.")] = 0,
 ) -> None:
-    """Simulate, put the poses off, train three times, evaluate; print and write what came of it."""
+    """Simulate, put the poses off, train four times, evaluate; print and write what came of it."""
     data, store = make_set(out, model, ctf_table, states, particles, seed)
     pixel_size = ParticleStore.open(store).pixel_size
-    perturb(data / "particles.star", data / "perturbed.star", turn_deg, shift_px * pixel_size, seed + 1)
+    if not (data / "perturbed.star").exists():  # it tells its date, and would be another to prep
+        perturb(data / "particles.star", data / "perturbed.star", turn_deg, shift_px * pixel_size, seed + 1)
     wrong = out / "store-perturbed"
     cli.prep(data / "perturbed.star", wrong)
-    given = settings or []
-    for name, own, extra in (
-        ("run", store, []),
-        ("run-perturbed", wrong, []),
-        ("run-refined", wrong, ["poses.refine=true"]),
-    ):
-        cli.train(None, run=out / name, store=own, preset=preset, settings=[*given, *extra])
+    for name in RUNS:
+        if name == "run-again":  # the file names images by their place beside it
+            (data / "refined.star").write_bytes((out / "run-refined" / "particles.star").read_bytes())
+            cli.prep(data / "refined.star", out / "store-refined")
+        own = {"run": store, "run-again": out / "store-refined"}.get(name, wrong)
+        extra = ["poses.refine=true"] if name == "run-refined" else []
+        cli.train(None, run=out / name, store=own, preset=preset, settings=[*(settings or []), *extra])
         cli.evaluate(out / name, data)
     result = {"turn_deg": turn_deg, "shift_px": shift_px} | collect(out, data)
     text = list(lines(result))
@@ -115,11 +117,11 @@ def summary(errors: dict[str, Any]) -> dict[str, float]:
 
 
 def collect(out: Path, data: Path) -> dict:
-    """Scores, speeds and errors of the three runs, ready for JSON."""
+    """Scores, speeds and errors of the runs, ready for JSON."""
     true = in_order(ParticleStore.open(out / "store"))
     refined = load_run(out / "run-refined")
     runs = {}
-    for name in ("run", "run-perturbed", "run-refined"):
+    for name in RUNS:
         records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
         evaluation = json.loads((out / name / "evaluation.json").read_text())
         runs[name] = {
@@ -151,14 +153,13 @@ def lines(result: dict) -> Iterator[str]:
         f"poses off by {result['turn_deg']:g}° and {result['shift_px']:g} px (root mean square)"
     )
     header = ("", "angle, median", "rms", "shift, median", "rms", "AUC masked", "unmasked", "consensus", "images/s")
-    names = {"run": "true poses", "run-perturbed": "perturbed", "run-refined": "refined"}
     rows = []
     for name, run in result["runs"].items():
         own = result["errors"].get(name)
         keys = (("turn_deg_median", "°"), ("turn_deg_rms", "°"), ("shift_median", " px"), ("shift_rms", " px"))
         errors = [f"{own[key]:.2f}{unit}" for key, unit in keys] if own else [""] * 4
         scores = [f"{value:.4f}" for value in (*run["auc"].values(), run["consensus"]["masked"])]
-        rows.append((names[name], *errors, *scores, f"{run['stage2_images_per_s']:.0f}"))
+        rows.append((RUNS[name], *errors, *scores, f"{run['stage2_images_per_s']:.0f}"))
     yield from table(header, rows)
     common = result["errors"]["run-refined"]
     yield f"the refined model as a whole: turned by {common['common_deg']:.2f}°, moved by {common['common_shift']:.2f} px"

@@ -149,11 +149,14 @@ class PosesConfig(Section):
     """Whether poses are refined; else they stay as they are given."""
     start: float = Field(default=0.0, ge=0, lt=1)
     """Share of stage 2 after which it begins."""
-    prior_deg: float = Field(default=2.0, gt=0)
-    """Degrees about each of three axes, standard deviation of the errors that are expected: the prior."""
-    prior_px: float = Field(default=1.0, gt=0)
+    rigid_epochs: float = Field(default=4.0, ge=0)
+    """Passes over the particles, at its beginning, in which the model rests at z = 0: what wrong poses did to the images was
+    taken for motion in stage 1, and would be further."""
+    prior_deg: float = Field(default=1.0, gt=0)
+    """Degrees about each of three axes: standard deviation of the errors that are expected."""
+    prior_px: float = Field(default=2.0, gt=0)
     """Pixels in x and in y, the same of shifts."""
-    rate_deg: float = Field(default=0.5, gt=0)
+    rate_deg: float = Field(default=0.2, gt=0)
     """Degrees per visit of the particle, Adam's step size at its peak."""
     rate_px: float = Field(default=0.5, gt=0)
     """Pixels per visit of the particle, Adam's step size at its peak."""

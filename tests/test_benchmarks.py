@@ -95,6 +95,23 @@ def test_igg_goes_the_whole_way_and_collects_every_number(tmp_path: Path, shared
 
 
 @pytest.mark.slow
+def test_poses_are_put_off_refined_and_trained_on_again(tmp_path: Path, shared_data: Path):
+    model = shared_data / "models" / "sarata00+SBI_Project" / "1hzh.pdb.gz"
+    rows = shared_data / "ctf" / "empiar10028_ctf.npy"
+    small = ["stage1.gaussians=64", "stage2.gaussians=64", "stage1.epochs=1", "stage2.epochs=1", "output.volumes=2"]
+    words = [word for setting in small for word in ("--set", setting)]
+    files = ("--model", model, "--ctf-table", rows)
+    printed = run_benchmark("poses", tmp_path, *files, "--states", 2, "--particles", 128, *words)
+    assert (tmp_path / "poses.md").read_text() in printed
+    result = json.loads((tmp_path / "poses.json").read_text())
+    assert set(result["runs"]) == {"run", "run-perturbed", "run-refined", "run-again"}
+    before, after = (result["errors"][name] for name in ("run-perturbed", "run-refined"))
+    assert before["turn_deg_rms"] == pytest.approx(2, abs=0.3)  # of 384 normal numbers: ± 0.07
+    assert before["shift_rms"] == pytest.approx(1, abs=0.2)  # of 256: ± 0.04
+    assert after["shift_rms"] != before["shift_rms"]
+
+
+@pytest.mark.slow
 def test_step_without_its_peer_times_every_case_and_says_so(tmp_path: Path, shared_data: Path):
     model = shared_data / "models" / "sarata00+SBI_Project" / "1hzh.pdb.gz"
     rows = shared_data / "ctf" / "empiar10028_ctf.npy"

@@ -67,11 +67,17 @@ class LatentTable(nn.Module):
         """Latents [B, L] of particles `rows` [B], which this rank reads in the present block."""
         return self.rows(torch.searchsorted(self.here, rows))
 
-    def descend(self, rate: float) -> None:
-        """One step of Adam, of the rows that have a gradient: of the mean over ranks, each of which alone has its rows."""
+    def descend(self, rate: float, visits: int | None = None) -> None:
+        """One step of Adam, of the rows that have a gradient: of the mean over ranks, each of which alone has its rows.
+
+        Adam begins with means of zero and allows for that by the number of steps, though a row has had only its `visits` of
+        them: where that is given (this one counted), it is taken instead.
+        """
         gradient = self.rows.weight.grad
         if gradient is not None and self.mesh.world > 1:
             gradient /= self.mesh.world
+        if visits is not None:
+            self.optimiser.state[self.rows.weight]["step"] = visits - 1
         self.optimiser.param_groups[0]["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad()

@@ -60,8 +60,8 @@ def save_trainee(run: Path, trainee: Trainee, source: BatchSource, config: RunCo
     model = trainee.engine.parameters()
     _refuse_not_finite(trainee, model)
     model |= {f"mixture.{name}": buffer for name, buffer in trainee.mixture.named_buffers()}
-    steps = [table.steps if table else None for table in tables]
     latents, poses = (table.home if table else None for table in tables)
+    steps = trainee.table.steps if trainee.table else None
     facts = _facts(source, config, trainee.stage, trainee.step, steps, elapsed_s)
     memory = trainee.engine.memory()
     _write(run, State(trainee.stage, trainee.step, model, memory, latents, facts, poses), config, trainee.mesh)
@@ -82,7 +82,7 @@ def write_start(
     model = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
     refined = stage == 2 and config.poses.refine
     poses = at_home(torch.zeros(source.store.count, NUMBERS)) if refined else None
-    facts = _facts(source, config, stage, 0, [None if encoder else 0, 0 if refined else None], elapsed_s)
+    facts = _facts(source, config, stage, 0, None if encoder else 0, elapsed_s)
     state = State(stage, 0, model, {}, latents if isinstance(latents, Tensor) else None, facts, poses)
     _write(run, state, config, ALONE)
 
@@ -121,7 +121,7 @@ def load_trainee(run: Path, source: BatchSource, config: RunConfig, mesh: Mesh, 
         latents = LatentTable(state.latents, order, mesh, device, state.facts["latent_steps"])
     poses = state.poses
     if poses is not None:
-        poses = LatentTable(poses, order, mesh, device, state.facts["pose_steps"], POSE_BETAS)
+        poses = LatentTable(poses, order, mesh, device, betas=POSE_BETAS)
     trainee = build_trainee(state.stage, mixture, latents, config, source.store.count, mesh, state.step, poses)
     if state.memory:
         trainee.engine.remember(state.memory)
@@ -190,9 +190,9 @@ def _per_gaussian(name: str, value: Tensor) -> bool:
 
 
 def _facts(
-    source: BatchSource, config: RunConfig, stage: int, step: int, table_steps: list[int | None], elapsed_s: float
+    source: BatchSource, config: RunConfig, stage: int, step: int, latent_steps: int | None, elapsed_s: float
 ) -> dict[str, Any]:
-    """What is no tensor; `table_steps` of the latents' table and of that of the poses.
+    """What is no tensor; `latent_steps` of a table.
 
     Training draws no random numbers: the seed, in the configuration, stands for all of them.
     """
@@ -200,8 +200,7 @@ def _facts(
     return {
         "stage": stage,
         "step": step,
-        "latent_steps": table_steps[0],
-        "pose_steps": table_steps[1],
+        "latent_steps": latent_steps,
         "gaussians": settings.gaussians,
         "particles": source.store.count,
         "elapsed_s": elapsed_s,

@@ -83,7 +83,7 @@ def train_stage(
     order = training_order(source, config, trainee.stage)
     per_epoch = order.steps_per_epoch
     total, warmup = round(stage.epochs * per_epoch), round(stage.warmup_epochs * per_epoch)
-    refine_from = round(config.poses.start * total)
+    refine_from, rigid = round(config.poses.start * total), round(config.poses.rigid_epochs * per_epoch)
     data = Prefetcher(source.training(order, trainee.step, mesh.rank, mesh.world))
     saved_at = time.monotonic()
     log.restart_interval()
@@ -94,8 +94,10 @@ def train_stage(
                 mesh.pulse.step = trainee.step
             batch = data.next()
             factor = rate_factor(trainee.step, total, stage.final_rate)
-            warm, refine = trainee.step < warmup, trainee.step >= refine_from
-            own = learn(trainee, batch, config, factor, warm, refine)
+            since = trainee.step - refine_from
+            visits = since // per_epoch + 1 if since >= 0 else 0
+            warm = trainee.step < warmup or (trainee.poses is not None and 0 <= since < rigid)
+            own = learn(trainee, batch, config, factor, warm, visits)
             trainee.step += 1
             asked = stop.requested is not None
             due = mesh.rank == 0 and (log.due() or trainee.step == total)
@@ -115,26 +117,29 @@ def train_stage(
         data.close()
 
 
-def learn(trainee: Trainee, batch: Batch, config: RunConfig, factor: float, warm: bool, refine: bool = True) -> Tensor:
+def learn(trainee: Trainee, batch: Batch, config: RunConfig, factor: float, warm: bool, visits: int = 1) -> Tensor:
     """One step on a rank's batch; returns its (objective, sum of squared residuals per pixel), [2].
 
     factor  share of the peak step sizes
-    refine  whether poses are corrected, where the trainee has a table for it
+    visits  which visit of the batch's particles this is for the table of poses, where there is one; 0: none yet
     """
     stage, mesh = config.stage1 if trainee.stage == 1 else config.stage2, trainee.mesh
-    table, poses = trainee.table, trainee.poses if refine else None
+    table, poses = trainee.table, trainee.poses if visits else None
     latents, corrections = (_read(own, batch, trainee.step) for own in (table, poses))
+    rests = warm and poses is not None  # the model rests at z = 0, and latents are wanted afterwards as they are now
+    if rests and latents is not None:
+        latents = latents.detach()
     tried, seed = None, (config.seed, trainee.stage, trainee.step)
     if latents is not None and stage.tries and not warm:
         tried = drawn_latents(mesh, batch, latents, stage.batch // mesh.world, stage.tries, seed)
     objective, squared, squared_tried = trainee.engine(batch, latents, warm, corrections, tried)
     trainee.engine.descend(objective, factor)
-    if table is not None and latents is not None:
+    if table is not None and latents is not None and not rests:
         table.descend(factor * stage.rates.latents)
         if tried is not None:
             table.replace(batch.rows, *better_latents(latents, squared, tried, squared_tried, config.latent.weight))
     if poses is not None:
-        poses.descend(factor)
+        poses.descend(factor, visits)
     return torch.stack([objective.detach(), squared.sum() / batch.images.shape[-2] ** 2])
 
 

