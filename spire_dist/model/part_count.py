@@ -56,9 +56,9 @@ class PartStudy:
 
 def measure_counts(features: NDArray, weights: NDArray, counts: Sequence[int], seed: int) -> list[CountMeasures]:
     """The measures of each number of clusters of features [N, E] with weights [N] > 0; numbers above N / 4 are left out."""
-    points = features.astype(np.float64)
+    points = _principal(features.astype(np.float64), weights)
     rng = np.random.default_rng((seed, 3))
-    reference = [_structureless(points, weights, rng) for _ in range(REFERENCES)]
+    reference = [rng.uniform(points.min(0), points.max(0), points.shape) for _ in range(REFERENCES)]
     measures = []
     for count in counts:
         if count > max(1, len(points) // 4):
@@ -71,7 +71,7 @@ def measure_counts(features: NDArray, weights: NDArray, counts: Sequence[int], s
             CountMeasures(
                 count,
                 _stability(points, weights, count, SPLITS, seed),
-                float(np.mean([_stability(other, weights, count, 2, seed) for other in reference])),
+                float(np.mean([_stability(other, weights, count, 1, seed) for other in reference])),
                 float(gap),
                 float(expected.std() * np.sqrt(1 + 1 / REFERENCES)),
                 silhouette(points, weights, labels),
@@ -81,7 +81,7 @@ def measure_counts(features: NDArray, weights: NDArray, counts: Sequence[int], s
 
 
 def choose_count(measures: Sequence[CountMeasures]) -> int:
-    """The largest k that is stable, more so than structureless points, and whose gap is above all smaller ones' by its error."""
+    """The largest k that is stable, more so than structureless points, and whose gap less its error beats all smaller ones'."""
     chosen, highest = 1, measures[0].gap
     for m in measures[1:]:
         if m.stability >= STABLE and m.stability > m.stability_by_chance and m.gap - m.gap_error > highest:
@@ -94,7 +94,7 @@ def part_stability(features: NDArray, weights: NDArray, cluster: Labels, seed: i
     """For each cluster of `cluster` [N], the mean over clusterings of random halves of its best weighted Jaccard index there
     (Hennig 2007): 1 is found again always; above 0.75 is commonly called stable, below 0.5 dissolved.
     """
-    points, count = features.astype(np.float64), int(cluster.max()) + 1
+    points, count = _principal(features.astype(np.float64), weights), int(cluster.max()) + 1
     found = []
     for labels in (one for pair in _halves(points, weights, count, SPLITS, seed) for one in pair):
         shared = _table(cluster, labels, weights)
@@ -174,12 +174,12 @@ def _inertia(points: Points, weights: NDArray) -> float:
     return float((weights[:, None] * (points - middle) ** 2).sum())
 
 
-def _structureless(points: Points, weights: NDArray, rng: np.random.Generator) -> Points:
-    """As many points, uniform in the box of the data along their principal axes."""
+def _principal(points: Points, weights: NDArray) -> Points:
+    """Coordinates along the principal axes; those along which nothing varies are left out, distances stay."""
     centred = points - np.average(points, axis=0, weights=weights)
-    axes = np.linalg.svd(centred * np.sqrt(weights / weights.sum())[:, None], full_matrices=False)[2]
-    along = centred @ axes.T
-    return rng.uniform(along.min(0), along.max(0), along.shape) @ axes
+    _, spread, axes = np.linalg.svd(centred * np.sqrt(weights / weights.sum())[:, None], full_matrices=False)
+    used = max(1, int((spread > 1e-5 * spread[0]).sum()))
+    return centred @ axes[:used].T
 
 
 def _table(first: Labels, second: Labels, weights: NDArray) -> NDArray[np.float64]:

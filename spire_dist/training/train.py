@@ -273,8 +273,8 @@ def _begin_second_stage(session: _Session, latents: Tensor) -> None:
         _write_results(run / "stage1", state, latents, config, torch.from_numpy(parts.anchor_of))
     sizes = np.bincount(parts.anchor_of)
     found = ", ".join(f"{value:.2f}" for value in study.stability)
-    say(f"parts: {study.chosen} clusters of features (number by {study.by}, stability {found}), {len(parts.anchors)} anchors with "
-        f"{', '.join(map(str, sizes))} Gaussians")  # fmt: skip
+    say(f"parts: {study.chosen} clusters of features (number by {study.by}, stability {found}), "
+        f"{len(parts.anchors)} anchors with {', '.join(map(str, sizes))} Gaussians")  # fmt: skip
     mixture = seed_second(coarse, parts, latents, config, source.store.box)
     encoded = config.latent.kind == "encoder"
     start = encoder_from_state(state, source.store.box, config) if encoded else at_home(latents)
