@@ -166,6 +166,8 @@ def _cluster(points: Points, weights: NDArray, count: int, seed: int) -> tuple[L
     if count == 1:
         return np.zeros(len(points), dtype=np.int64), _inertia(points, weights)
     means = _fit(points, weights, count, seed)
+    assert means.labels_ is not None
+    assert means.inertia_ is not None
     return np.unique(means.labels_, return_inverse=True)[1], float(means.inertia_)
 
 
