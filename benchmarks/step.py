@@ -108,7 +108,7 @@ def begin(source: BatchSource, epochs: int) -> dict[str, tuple[Trainee, RunConfi
     assert isinstance(coarse.mixture, CoarseMixture)
     coarse.table.come_home()
     values = coarse.table.home[:, 0].clone()
-    mixture = seed_second(coarse.mixture, find_parts(coarse.mixture, values, SMALL), values, SMALL, source.store.box)
+    mixture = seed_second(coarse.mixture, find_parts(coarse.mixture, values, SMALL)[0], values, SMALL, source.store.box)
     trainee = begin_trainee(2, mixture, values, SMALL, cpu, source)
     train_epochs(trainee, SMALL, source, epochs)
     return trainees | {CASES[2]: (trainee, SMALL)}

@@ -90,10 +90,15 @@ def _valid(field: FieldInfo) -> str:
     ]
     if get_origin(field.annotation) in (dict, list):
         return "table" if get_origin(field.annotation) is dict else "list of texts"
-    [kind] = {*(get_args(field.annotation) or (field.annotation,))} - {type(None)}
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    words_too = [f"`{choice}`" for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    [kind] = [kind for kind in kinds if get_origin(kind) is not Literal]
+    if get_origin(kind) is Annotated:
+        limits = [limit for item in get_args(kind)[1:] for limit in item.metadata]
+        bounds += [f"{BOUNDS[name]} {getattr(item, name)}" for item in limits for name in BOUNDS if hasattr(item, name)]
     kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     words = {int: "whole number", float: "number", Path: "path", str: "text", bool: "`true`, `false`"}
-    return f"{words[kind]} {', '.join(bounds)}".strip()
+    return ", ".join([f"{words[kind]} {', '.join(bounds)}".strip(), *words_too])
 
 
 if __name__ == "__main__":

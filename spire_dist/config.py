@@ -7,10 +7,11 @@ precedence: defaults, then a preset (`presets.toml`), then the file, then `--set
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from spire_dist.errors import ConfigError
 
@@ -136,10 +137,21 @@ class HierarchyConfig(StageConfig):
 class PartsConfig(Section):
     """Discovery of parts between the stages."""
 
-    clusters: int = Field(default=3, ge=1)
-    """Clusters of Gaussian features: Gaussians that move or appear together (level 1)."""
+    clusters: Annotated[int, Field(ge=1)] | Literal["auto"] = 3
+    """Clusters of Gaussian features: Gaussians that move or appear together (level 1). `auto`: as many as the features of
+    stage 1 show."""
+    most: int = Field(default=8, ge=1)
+    """Clusters that `auto` considers at most."""
     anchors: int = Field(default=5, ge=1)
     """Anchors in all: clusters are split in space, the largest first, until there are this many (level 2)."""
+
+    @field_validator("clusters", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        """One line for both kinds of value, where pydantic has one for each."""
+        if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise PydanticCustomError("clusters", "Write a whole number of at least 1, or auto")
 
 
 class PosesConfig(Section):

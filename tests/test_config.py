@@ -114,3 +114,10 @@ def test_a_configuration_cannot_be_changed_afterwards():
 def test_presets_file_holds_only_tested_presets():
     presets = Path(load_config.__code__.co_filename).with_name("presets.toml")
     assert tuple(tomllib.loads(presets.read_text())) == PRESETS
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "true", "'many'"])
+def test_a_number_of_parts_that_is_none_is_refused_in_one_line(value, refusal):
+    text = ["parts.clusters = ", "whole number of at least 1, or auto"]
+    refusal(ConfigError, text, lambda: load_config(overrides=[f"parts.clusters={value}"]))
+    assert load_config(overrides=["parts.clusters=auto"]).parts.clusters == "auto"

@@ -33,7 +33,7 @@ def discover_parts(
     raised to it; more anchors than Gaussians are not possible.
     """
     clusters = min(clusters, len(features))
-    weights = np.maximum(masses, 1e-6 * masses.max()).astype(np.float64)
+    weights = mass_weights(masses)
     cluster = _kmeans(features, weights, clusters, seed)
     clusters = int(cluster.max()) + 1
 
@@ -56,6 +56,11 @@ def discover_parts(
             middle = np.average(centres[own], axis=0, weights=weights[own])
             chosen.append(int(own[np.argmin(((centres[own] - middle) ** 2).sum(1))]))
     return Parts(cluster, anchor_of, np.array(chosen))
+
+
+def mass_weights(masses: NDArray[np.float32]) -> NDArray[np.float64]:
+    """What a Gaussian counts for: its mass [N], but never quite nothing."""
+    return np.maximum(masses, 1e-6 * masses.max()).astype(np.float64)
 
 
 def _kmeans(points: NDArray[np.float32], weights: NDArray[np.float64], count: int, seed: int) -> NDArray[np.int64]:

@@ -163,6 +163,24 @@ def training(records: list[dict]) -> Figure:
     return canvas
 
 
+def part_counts(study: dict) -> Figure:
+    """Stability and gap against the number of clusters, of a run's stage1/parts.json, the chosen one marked."""
+    canvas, (left, right) = figure(6.4, 2.4, columns=2)
+    counts, measures = [m["count"] for m in study["measures"]], study["measures"]
+    left.plot(counts, [m["stability"] for m in measures], "o-", color=BLUE, markersize=4, label="data")
+    left.plot(counts, [m["stability_by_chance"] for m in measures], "--", color=GREY, label="structureless")
+    errors = [m["gap_error"] for m in measures]
+    right.errorbar(counts, [m["gap"] for m in measures], errors, fmt="o-", color=BLUE, markersize=4, capsize=2)
+    left.set(ylim=(min(0, *left.get_ylim()), 1.05), title="stability (adjusted Rand index)")
+    right.set(title="gap statistic")
+    for axes in (left, right):
+        axes.axvline(study["chosen"], color=ORANGE, linewidth=1.2)
+        axes.set_xlabel("clusters (line: chosen)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(left, "lower left")
+    return canvas
+
+
 def half_maps(found: fsc.MapFsc) -> Figure:
     """FSC of the two half maps of the consensus, with both thresholds."""
     canvas, (axes,) = figure(4.3, 3.0)

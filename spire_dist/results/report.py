@@ -74,6 +74,7 @@ def render_page(
     """The page as text, of a run that is open already and its directory."""
     points = named_path(run.latents, path, frames, seed)
     centres, amplitudes = decode_in_batches(run, points)
+    study = read_json(folder / "stage1" / "parts.json")
     evaluation, records = read_json(folder / "evaluation.json"), read_metrics(folder)
     validation = read_json(folder / "validation.json")
     halves = [run.consensus.with_name(f"consensus_half{n}.mrc") for n in (1, 2)]
@@ -89,6 +90,8 @@ def render_page(
         "path": path,
         "frames": frames,
         "parts": _parts(run, centres, amplitudes, evaluation),
+        "study": study,
+        "counts": _svg(plots.part_counts(study), "counts") if len(study.get("measures", [])) > 1 else None,
         "pictures": _pictures(run, centres, amplitudes, pixels),
         "latents": _latents(run, points),
         "sections": _sections(run, points, window := _molecule_window(run, centres, amplitudes)),

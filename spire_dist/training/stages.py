@@ -11,7 +11,8 @@ from spire_dist.errors import RunError
 from spire_dist.model.gaussians import Gaussians, draw_centres, position_features, random_features
 from spire_dist.model.image_model import render
 from spire_dist.model.mixtures import CoarseMixture, HierarchicalMixture, Mixture
-from spire_dist.model.parts import Parts, discover_parts
+from spire_dist.model.part_count import PartStudy, choose_count, measure_counts, part_stability
+from spire_dist.model.parts import Parts, discover_parts, mass_weights
 
 SEED_SPREAD = 0.75
 """Width of a seed Gaussian as a share of the mean distance between Gaussians."""
@@ -72,17 +73,21 @@ def sample_latents(latents: Tensor, seed: int) -> Tensor:
     return torch.cat([chosen[best : best + 1], chosen[:best], chosen[best + 1 :]])
 
 
-def find_parts(mixture: CoarseMixture, latents: Tensor, config: RunConfig) -> Parts:
-    """Parts of a trained coarse model whose particles lie at `latents` [N, L]."""
+def find_parts(mixture: CoarseMixture, latents: Tensor, config: RunConfig) -> tuple[Parts, PartStudy]:
+    """Parts of a trained coarse model whose particles lie at `latents` [N, L], and how firmly they are found."""
     centres, masses = summarise(mixture, sample_latents(latents, config.seed))
     if not (torch.isfinite(masses).all() and torch.isfinite(centres).all() and masses.sum() > 0):
         raise RunError(
             "stage 1 ended without usable Gaussians (vanished or not finite); start a new --run with lower stage1.rates"
         )
-    features = feature_view(mixture)
-    return discover_parts(
-        features, centres[0].numpy(), masses.mean(0).numpy(), config.parts.clusters, config.parts.anchors, config.seed
-    )
+    features, mass, wanted = feature_view(mixture), masses.mean(0).numpy(), config.parts.clusters
+    weights = mass_weights(mass)
+    counts = range(1, config.parts.most + 1) if wanted == "auto" else [wanted]
+    measures = measure_counts(features, weights, counts, config.seed)
+    chosen = choose_count(measures) if wanted == "auto" else wanted
+    parts = discover_parts(features, centres[0].numpy(), mass, chosen, config.parts.anchors, config.seed)
+    stability = part_stability(features, weights, parts.cluster, config.seed)
+    return parts, PartStudy("data" if wanted == "auto" else "hand", len(stability), measures, stability)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -271,12 +271,16 @@ def _begin_second_stage(session: _Session, latents: Tensor) -> None:
     torch.manual_seed(config.seed + 2)
     coarse = mixture_from_state(state, config)
     assert isinstance(coarse, CoarseMixture)
-    parts = find_parts(coarse, latents, config)
+    parts, study = find_parts(coarse, latents, config)
     if not (run / "stage1" / "latents.npy").exists():
+        (run / "stage1").mkdir(exist_ok=True)
+        with replacing(run / "stage1" / "parts.json") as partial:
+            partial.write_text(json.dumps(asdict(study), indent=1) + "\n")
         _write_results(run / "stage1", state, latents, config, torch.from_numpy(parts.anchor_of))
     sizes = np.bincount(parts.anchor_of)
-    say(f"parts: {len(np.unique(parts.cluster))} clusters of features, {len(parts.anchors)} anchors with "
-        f"{', '.join(map(str, sizes))} Gaussians")  # fmt: skip
+    found = ", ".join(f"{value:.2f}" for value in study.stability)
+    say(f"parts: {study.chosen} clusters of features (number by {study.by}, stability {found}), "
+        f"{len(parts.anchors)} anchors with {', '.join(map(str, sizes))} Gaussians")  # fmt: skip
     mixture = seed_second(coarse, parts, latents, config, source.store.box)
     encoded = config.latent.kind == "encoder"
     start = encoder_from_state(state, source.store.box, config) if encoded else at_home(latents)

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import io
+import json
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -161,3 +162,21 @@ def test_the_particles_shown_are_named_with_their_file_where_there_are_several(s
     for name in names:
         row, file = map(int, name.split(" of file "))
         assert file == row % 2 + 1
+
+
+def test_the_number_of_parts_and_their_stability_are_told(standin, tmp_path):
+    consensus = tmp_path / "volumes" / "consensus.mrc"
+    (tmp_path / "stage1").mkdir()
+    consensus.parent.mkdir()
+    consensus.write_bytes(standin.consensus.read_bytes())
+    run = dataclasses.replace(standin, consensus=consensus)
+    measure = {"stability": 0.9, "stability_by_chance": 0.3, "gap": 0.1, "gap_error": 0.01, "silhouette": 0.4}
+    for by, counts in (("data", (1, 2, 3)), ("hand", (2,))):
+        measures = [measure | {"count": count} for count in counts]
+        study = {"by": by, "chosen": 2, "measures": measures, "stability": [0.97, 0.41]}
+        (tmp_path / "stage1" / "parts.json").write_text(json.dumps(study))
+        page = report.render_page(run, tmp_path, frames=2, pixels=48)
+        Page(page)
+        assert ("chosen by the data" if by == "data" else "given by hand") in page
+        assert "0.97, 0.41" in page
+        assert ("gap statistic" in page) == (by == "data")
