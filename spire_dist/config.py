@@ -97,7 +97,7 @@ class StageConfig(Section):
     """Passes before the deformation is switched on (the static Gaussians settle first)."""
     final_rate: float = Field(default=0.05, gt=0, le=1)
     """Share of the peak step sizes reached at the end of the stage (cosine in between)."""
-    tries: int = Field(default=1, ge=0)
+    tries: int = Field(default=4, ge=0)
     """Latents of a table that all particles of a step try, and take where one explains their image better; 0: none."""
     cut: float = Field(default=4.0, ge=3, le=8)
     """Standard deviations at which a Gaussian ends in the projector."""
@@ -122,6 +122,8 @@ class HierarchyConfig(StageConfig):
     """Pixels of residual shift per unit of the network's output."""
     warmup_epochs: float = Field(default=0.0, ge=0)
     """Passes before the deformation is switched on."""
+    tries: int = Field(default=2, ge=0)
+    """Latents of a table that all particles of a step try, and take where one explains their image better; 0: none."""
     hierarchy: bool = True
     """Whether Gaussians ride on anchors; else each moves by itself, as in stage 1, and parts are only told: to compare with."""
     anchor_layers: int = Field(default=2, ge=1)
