@@ -25,6 +25,13 @@ def benchmark(
     particles: Annotated[
         Path | None, typer.Option(help="List of particles [particles.star, or images/*/sorted_particles.*.txt].")
     ] = None,
+    cryodrgn: Annotated[
+        Path | None, typer.Option(help="Python of an environment with cryoDRGN, which then is compared with too.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of cryoDRGN.")] = 20,
+    minutes: Annotated[
+        float | None, typer.Option(help="Instead: as many whole epochs as fit in, by the time of its first.")
+    ] = None,
     conformations: Annotated[int | None, typer.Option(help="How many are scored, evenly spaced [all].")] = None,
     images: Annotated[int, typer.Option(help="About how many images the per-image score takes; 0: none.")] = 100,
 ) -> None:
@@ -35,8 +42,12 @@ def benchmark(
     from spire_dist.comparison.layout import find_particles
     from spire_dist.comparison.methods import choose_methods, read_seeds
 
-    chosen = choose_methods(methods.split(",") if methods else None, with_rivals=False)
+    chosen = choose_methods(methods.split(",") if methods else None, with_rivals=cryodrgn is not None)
     numbers = read_seeds(seeds)
     files = find_particles(data, particles)
-    store = prepare(files.particles, out / "store", poses=files.poses or (), ctf=files.ctf)
-    print(run(Setting(data, out, store, preset, settings or (), conformations, images), chosen, numbers))
+    poses, ctf = (files.poses or (), files.ctf) if files.needs_pickles else ((), None)
+    store = prepare(files.particles, out / "store", poses=poses, ctf=ctf)
+    setting = Setting(
+        data, out, store, preset, settings or (), conformations, images, files, cryodrgn, epochs, minutes,
+    )  # fmt: skip
+    print(run(setting, chosen, numbers))

@@ -6,14 +6,23 @@ OUT/benchmark.*    .json, .md and .png of all runs in OUT that were scored in th
 
 import json
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from spire_dist.comparison.layout import ParticleFiles
 from spire_dist.comparison.leaderboard import write_leaderboard
 from spire_dist.comparison.machine import describe_machine
 from spire_dist.comparison.methods import Method, Own, Rival
+from spire_dist.comparison.rivals import find_program, load_rival, train_rival
+from spire_dist.config import RunConfig, load_config
+from spire_dist.data.store import ParticleStore
+from spire_dist.errors import ConfigError
 from spire_dist.files import write_json
+from spire_dist.machine import cores
 from spire_dist.results.evaluate import Scorable, score_maps
 from spire_dist.results.runs import read_json, read_metrics
 from spire_dist.training.metrics import say
@@ -39,6 +48,13 @@ class Setting:
     """How many are scored, evenly spaced; None: all."""
     images: int
     """About how many images the per-image score takes."""
+    files: ParticleFiles
+    """The set's own, for rivals."""
+    cryodrgn: Path | None
+    """The Python of an environment with it."""
+    epochs: int
+    """Of rivals, unless `minutes` says how long they may train."""
+    minutes: float | None
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -52,6 +68,8 @@ def benchmark(setting: Setting, methods: Sequence[Method], seeds: Sequence[int])
     The same call goes on where it was stopped. Raises ConfigError for settings that cannot be used before anything is
     trained, RunError or StoreError, Stopped (exit code 75) after saving on request.
     """
+    if setting.epochs < 1 or (setting.minutes is not None and not setting.minutes > 0):
+        raise ConfigError(f"epochs {setting.epochs}, minutes {setting.minutes}; give at least 1, or more than 0")
     for method in methods:
         if isinstance(method, Own):
             method.config(setting.store, setting.preset, setting.settings, seeds[0])
@@ -76,6 +94,8 @@ def read_scores(setting: Setting) -> list[dict]:
 def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
     """Train one of ours, or go on with it; its score, or None where that is there."""
     config = method.config(setting.store, setting.preset, setting.settings, seed)
+    if not (run / "latents.npy").exists():
+        _compile(config)
     train(config, run)
     if read_json(run / SCORE).get("asked") == setting.asked:
         return None
@@ -86,15 +106,47 @@ def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
         "images": final.store.count,
         "settings": config.model_dump(mode="json"),
         "training_s": seconds[2],
-        "result": _score(setting, final),
-        "earlier": [{"at": "stage 1", "training_s": seconds[1], "result": _score(setting, coarse)}],
+        "result": _score(setting, final, setting.images),
+        "earlier": [{"at": "stage 1", "training_s": seconds[1], "result": _score(setting, coarse, setting.images)}],
     }
 
 
-def _score(setting: Setting, model: Scorable) -> dict:
-    result, _ = score_maps(model, setting.data, conformations=setting.conformations, images=setting.images)
+def _compile(config: RunConfig) -> None:
+    """A few steps of both stages, thrown away: the kernels are compiled for a process, and no method's time should hold that."""
+    short = {"epochs": 1e-6, "warmup_epochs": 0.0}
+    stages = {name: getattr(config, name).model_copy(update=short) for name in ("stage1", "stage2")}
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        train(config.model_copy(update=stages), Path(folder) / "run")
+
+
+def _score(setting: Setting, model: Scorable, images: int) -> dict:
+    result, _ = score_maps(model, setting.data, conformations=setting.conformations, images=images)
     return result
 
 
 def _rival(setting: Setting, method: Rival, run: Path, seed: int) -> dict | None:
-    raise NotImplementedError
+    """The same of a rival: as it ended, and at the end of some earlier epochs."""
+    assert setting.cryodrgn is not None  # `choose_methods`
+    threads = load_config(preset=setting.preset, overrides=list(setting.settings)).threads or cores()
+    program, store = find_program(setting.cryodrgn, threads), ParticleStore.open(setting.store)
+    seconds = train_rival(
+        program, method, setting.files, store, run, seed=seed, epochs=setting.epochs, minutes=setting.minutes
+    )
+    known, last = read_json(run / SCORE), len(seconds)
+    if known.get("asked") == setting.asked and known["settings"]["epochs"] == last:
+        return None
+    points = [
+        {
+            "at": f"epoch {epoch}",
+            "training_s": sum(seconds[:epoch]),
+            "result": _score(setting, load_rival(program, run, epoch, store), setting.images if epoch == last else 0),
+        }
+        for epoch in sorted({1, last // 4, last // 2, last} - {0})
+    ]
+    settings = {"program": program.version, "epochs": last, "options": method.options}
+    final = points.pop()
+    return (
+        {"machine": describe_machine(threads), "images": store.count, "settings": settings}
+        | final
+        | {"earlier": points}
+    )

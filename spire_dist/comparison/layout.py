@@ -12,11 +12,18 @@ from spire_dist.errors import SourceError
 
 @dataclass(frozen=True)
 class ParticleFiles:
-    """What a store is prepared from; poses and CTFs are None where the particle file has its own."""
+    """What a set's store is prepared from, and what cryoDRGN reads."""
 
     particles: Path
+    """RELION .star with poses and CTFs of its own, or a .txt list of stacks."""
     poses: Path | None
+    """The pickle, where it is there."""
     ctf: Path | None
+
+    @property
+    def needs_pickles(self) -> bool:
+        """Whether the particle file says nothing of poses and CTFs."""
+        return self.particles.suffix.lower() != ".star"
 
 
 def find_particles(data: Path, particles: Path | None = None) -> ParticleFiles:
@@ -32,10 +39,9 @@ def find_particles(data: Path, particles: Path | None = None) -> ParticleFiles:
             names = ", ".join(str(path.relative_to(data)) for path in found)
             raise SourceError(f"{data}: {len(found)} lists of particles ({names}); choose one with --particles")
         particles = found[0]
-    if particles.suffix.lower() == ".star":
-        return ParticleFiles(particles, None, None)
-    poses, ctf = data / "combined_poses.pkl", data / "combined_ctfs.pkl"
-    for path in (poses, ctf):
-        if not path.exists():
-            raise SourceError(f"{path}: no such file; {particles.name} lists stacks only, so it needs poses and CTFs")
-    return ParticleFiles(particles, poses, ctf)
+    pickles = [data / "combined_poses.pkl", data / "combined_ctfs.pkl"]
+    files = ParticleFiles(particles, *(path if path.exists() else None for path in pickles))
+    if files.needs_pickles and None in (files.poses, files.ctf):
+        missing = next(path for path in pickles if not path.exists())
+        raise SourceError(f"{missing}: no such file; {particles.name} lists stacks only, so it needs poses and CTFs")
+    return files

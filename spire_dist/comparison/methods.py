@@ -11,6 +11,10 @@ from typing import Any
 from spire_dist.config import RunConfig, load_config
 from spire_dist.errors import ConfigError
 
+INSTALL = (
+    "make an environment with it: python3 -m venv PEER && PEER/bin/pip install cryodrgn==4.3.1 torch==2.13.0, then give"
+)
+
 
 @dataclass(frozen=True)
 class Own:
@@ -62,10 +66,7 @@ def choose_methods(names: Sequence[str] | None, with_rivals: bool) -> list[Metho
         if name not in known:
             raise ConfigError(f"--methods {name}: no such method; choose among {','.join(known)}")
         if isinstance(known[name], Rival) and not with_rivals:
-            raise ConfigError(
-                f"--methods {name}: runs in an environment of its own; make one with: python3 -m venv PEER && PEER/bin/pip "
-                "install cryodrgn==4.3.1 torch==2.13.0, then give --cryodrgn PEER/bin/python"
-            )
+            raise ConfigError(f"--methods {name}: without --cryodrgn; {INSTALL} --cryodrgn PEER/bin/python")
     return [known[name] for name in dict.fromkeys(names)]
 
 
