@@ -25,6 +25,7 @@ from spire_dist.files import write_json
 from spire_dist.machine import cores
 from spire_dist.results.evaluate import Scorable, score_maps
 from spire_dist.results.runs import read_json, read_metrics
+from spire_dist.results.truth import open_truth
 from spire_dist.training.metrics import say
 from spire_dist.training.run import load_run
 from spire_dist.training.train import train
@@ -95,7 +96,7 @@ def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
     """Train one of ours, or go on with it; its score, or None where that is there."""
     config = method.config(setting.store, setting.preset, setting.settings, seed)
     if not (run / "latents.npy").exists():
-        _compile(config)
+        _compile(setting, config)
     train(config, run)
     if read_json(run / SCORE).get("asked") == setting.asked:
         return None
@@ -111,12 +112,19 @@ def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
     }
 
 
-def _compile(config: RunConfig) -> None:
-    """A few steps of both stages, thrown away: the kernels are compiled for a process, and no method's time should hold that."""
-    short = {"epochs": 1e-6, "warmup_epochs": 0.0}
-    stages = {name: getattr(config, name).model_copy(update=short) for name in ("stage1", "stage2")}
+def _compile(setting: Setting, config: RunConfig) -> None:
+    """Two steps of both stages, thrown away: a process compiles its kernels when it first needs them, and no method's time
+    should hold that. Any map will do for it.
+    """
+    store = ParticleStore.open(config.data.store)
+    truth = open_truth(setting.data, store.box, store.pixel_size)
+    short: dict[str, Any] = {"consensus": config.consensus.model_copy(update={"map": truth.maps[0]})}
+    for name in ("stage1", "stage2"):
+        stage = getattr(config, name)
+        short[name] = stage.model_copy(update={"epochs": 2 * stage.batch / store.count, "warmup_epochs": 0.0})
+    short["stage2"] = short["stage2"].model_copy(update={"distil_steps": 2})
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()):
-        train(config.model_copy(update=stages), Path(folder) / "run")
+        train(config.model_copy(update=short), Path(folder) / "run")
 
 
 def _score(setting: Setting, model: Scorable, images: int) -> dict:
