@@ -37,7 +37,7 @@ def benchmark(
 ) -> None:
     """Train and score several methods on the same images; print their table and the published one. It goes on after Ctrl-C."""
     from data_prep.convert import prepare
-    from spire_dist.comparison.benchmark import Setting
+    from spire_dist.comparison.benchmark import Setting, check
     from spire_dist.comparison.benchmark import benchmark as run
     from spire_dist.comparison.layout import find_particles
     from spire_dist.comparison.methods import choose_methods, read_seeds
@@ -45,9 +45,10 @@ def benchmark(
     chosen = choose_methods(methods.split(",") if methods else None, with_rivals=cryodrgn is not None)
     numbers = read_seeds(seeds)
     files = find_particles(data, particles)
-    poses, ctf = (files.poses or (), files.ctf) if files.needs_pickles else ((), None)
-    store = prepare(files.particles, out / "store", poses=poses, ctf=ctf)
     setting = Setting(
-        data, out, store, preset, settings or (), conformations, images, files, cryodrgn, epochs, minutes,
-    )  # fmt: skip
+        data, out, out / "store", preset, settings or (), conformations, images, files, cryodrgn, epochs, minutes
+    )
+    check(setting, chosen)
+    poses, ctf = (files.poses or (), files.ctf) if files.needs_pickles else ((), None)
+    prepare(files.particles, setting.store, poses=poses, ctf=ctf)
     print(run(setting, chosen, numbers))

@@ -17,7 +17,7 @@ from spire_dist.comparison.layout import ParticleFiles
 from spire_dist.comparison.leaderboard import write_leaderboard
 from spire_dist.comparison.machine import describe_machine
 from spire_dist.comparison.methods import Method, Own, Rival
-from spire_dist.comparison.rivals import find_program, load_rival, train_rival
+from spire_dist.comparison.rivals import Program, find_program, load_rival, train_rival
 from spire_dist.config import RunConfig, load_config
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError
@@ -66,14 +66,9 @@ class Setting:
 def benchmark(setting: Setting, methods: Sequence[Method], seeds: Sequence[int]) -> str:
     """Train and score what is not there yet, every method with the first seed before the second; returns the tables as text.
 
-    The same call goes on where it was stopped. Raises ConfigError for settings that cannot be used before anything is
-    trained, RunError or StoreError, Stopped (exit code 75) after saving on request.
+    The same call goes on where it was stopped. Raises ConfigError, RunError or StoreError, and Stopped (exit code 75) after
+    saving on request.
     """
-    if setting.epochs < 1 or (setting.minutes is not None and not setting.minutes > 0):
-        raise ConfigError(f"epochs {setting.epochs}, minutes {setting.minutes}; give at least 1, or more than 0")
-    for method in methods:
-        if isinstance(method, Own):
-            method.config(setting.store, setting.preset, setting.settings, seeds[0])
     text = ""
     for seed in seeds:
         for method in methods:
@@ -84,6 +79,19 @@ def benchmark(setting: Setting, methods: Sequence[Method], seeds: Sequence[int])
                 write_json(run / SCORE, {"method": method.name, "seed": seed, "asked": setting.asked} | found)
             text = write_leaderboard(setting.out, setting.data, read_scores(setting))
     return text
+
+
+def check(setting: Setting, methods: Sequence[Method]) -> None:
+    """What can be told before the store is there. Raises ConfigError."""
+    if setting.epochs < 1 or (setting.minutes is not None and not setting.minutes > 0):
+        raise ConfigError(f"epochs {setting.epochs}, minutes {setting.minutes}; give at least 1, or more than 0")
+    if setting.images < 0 or (setting.conformations is not None and setting.conformations < 1):
+        raise ConfigError(f"conformations {setting.conformations}, images {setting.images}; give at least 1 and 0")
+    for method in methods:
+        if isinstance(method, Own):
+            method.config(setting.store, setting.preset, setting.settings, seed=0)
+        else:
+            _program(setting)
 
 
 def read_scores(setting: Setting) -> list[dict]:
@@ -134,9 +142,7 @@ def _score(setting: Setting, model: Scorable, images: int) -> dict:
 
 def _rival(setting: Setting, method: Rival, run: Path, seed: int) -> dict | None:
     """The same of a rival: as it ended, and at the end of some earlier epochs."""
-    assert setting.cryodrgn is not None  # `choose_methods`
-    threads = load_config(preset=setting.preset, overrides=list(setting.settings)).threads or cores()
-    program, store = find_program(setting.cryodrgn, threads), ParticleStore.open(setting.store)
+    program, store = _program(setting), ParticleStore.open(setting.store)
     seconds = train_rival(
         program, method, setting.files, store, run, seed=seed, epochs=setting.epochs, minutes=setting.minutes
     )
@@ -154,7 +160,14 @@ def _rival(setting: Setting, method: Rival, run: Path, seed: int) -> dict | None
     settings = {"program": program.version, "epochs": last, "options": method.options}
     final = points.pop()
     return (
-        {"machine": describe_machine(threads), "images": store.count, "settings": settings}
+        {"machine": describe_machine(program.threads), "images": store.count, "settings": settings}
         | final
         | {"earlier": points}
     )
+
+
+def _program(setting: Setting) -> Program:
+    """CryoDRGN on as many threads as ours."""
+    assert setting.cryodrgn is not None  # `choose_methods`
+    threads = load_config(preset=setting.preset, overrides=list(setting.settings)).threads or cores()
+    return find_program(setting.cryodrgn, threads)

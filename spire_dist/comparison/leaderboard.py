@@ -15,9 +15,10 @@ from spire_dist.results import fsc
 from spire_dist.results.runs import read_json
 
 MASKS = ("masked", "unmasked")
-HEADER = ("run here", "seeds", *(
-    f"{mask}{what}" for mask in MASKS for what in (": AUC", " std", " median")
-), "per image: masked", "unmasked", "Rand index", "training, s")  # fmt: skip
+HEADER = (
+    "run here", "seeds", *(f"{mask}: {what}" for mask in MASKS for what in ("AUC", "std", "median")),
+    *(f"per image, {mask}" for mask in MASKS), "Rand index", "training, s",
+)  # fmt: skip
 NOTE = (
     "AUC of the per-conformation FSC by the benchmark's shells: mean over conformations, std and median over them, inside the "
     "set's mask and without it; per image: mean over single images. Of several seeds the mean (lowest-highest). Rand index: "
