@@ -5,14 +5,16 @@
 Called by `benchmarks.step`. It reads the simulated set's own files: particles.star and the two pickles in its layout.
 """
 
-import os
 import pickle
-import re
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import typer
+
+from spire_dist.comparison import rivals
+from spire_dist.comparison.rivals import environment, epoch_seconds
+from spire_dist.errors import ConfigError
 
 NETWORK = ("--zdim", "4", "-b", "16", "--enc-dim", "256", "--dec-dim", "256", "--no-amp")
 """Encoder and decoder of three hidden layers of 256, as many latent numbers as ours, float32 as ours."""
@@ -22,14 +24,10 @@ EPOCHS = 2
 
 def versions(python: Path) -> str:
     """What is compared with. Raises typer.BadParameter where the environment of `python` has none."""
-    code = 'from importlib.metadata import version as v; print(f\'cryoDRGN {v("cryodrgn")} (torch {v("torch")})\')'
     try:
-        return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise typer.BadParameter(
-            f"--peer-python {python}: no cryoDRGN there; make an environment with it: python3 -m venv PEER && "
-            "PEER/bin/pip install cryodrgn==4.3.1 torch==2.13.0, then give --peer-python PEER/bin/python"
-        ) from error
+        return rivals.versions(python)
+    except ConfigError as error:
+        raise typer.BadParameter(f"--peer-python {error}") from error
 
 
 def images_per_s(python: Path, data: Path, images: int, out: Path, threads: int) -> float:
@@ -47,17 +45,10 @@ def images_per_s(python: Path, data: Path, images: int, out: Path, threads: int)
         "--poses", data / "combined_poses.pkl", "--ctf", data / "combined_ctfs.pkl", "--uninvert-data",
         *NETWORK, "-n", EPOCHS, "--no-analysis", "--seed", 0, "-o", out / "run",
     ]  # fmt: skip
-    # Its own defaults, not ours: neither our modules nor how our threads wait.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_WAIT_POLICY")}
-    environment["OMP_NUM_THREADS"] = str(threads)
-    finished = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(
+        [*map(str, command)], env=environment(threads), capture_output=True, text=True, check=False
+    )
     log = finished.stdout + finished.stderr
     if finished.returncode:
         raise RuntimeError(f"cryodrgn train_vae failed ({finished.returncode}): {log[-1000:]}")
     return len(rows) / epoch_seconds(log)[EPOCHS]
-
-
-def epoch_seconds(log: str) -> dict[int, float]:
-    """Seconds of each epoch, from lines such as `# =====> Epoch: 2 Average gen loss = ...; Finished in 0:00:05.655847`."""
-    found = re.findall(r"=> Epoch: (\d+) .*Finished in (\d+):(\d+):(\d+(?:\.\d+)?)$", log, flags=re.MULTILINE)
-    return {int(epoch): 3600 * int(hours) + 60 * int(minutes) + float(s) for epoch, hours, minutes, s in found}

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from spire_dist import __version__, cli_cluster
+from spire_dist import __version__, cli_benchmark, cli_cluster
 from spire_dist.errors import SpireError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     help="CryoSPIRE: see molecules move. Particles in; parts, a latent space and maps out.",
 )
 
+app.add_typer(cli_benchmark.verbs)
 app.add_typer(cli_cluster.verbs)
 
 Run = Annotated[Path, typer.Argument(help="Run directory of `spire-dist train`.")]

@@ -23,8 +23,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("spire_dist.model", "spire_dist.simulation"),
     ("spire_dist.training",),
     ("spire_dist.results",),
+    ("spire_dist.comparison",),
     ("cluster",),
-    ("spire_dist.cli_cluster",),
+    ("spire_dist.cli_benchmark", "spire_dist.cli_cluster"),
     ("spire_dist.cli",),
 )
 """Rooms from the ground floor up. An import may point down or along its floor, never up, and never in a circle."""
@@ -36,7 +37,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
 }
 """The only modules that may import each of the heavy optional libraries, anywhere in them."""
 
-COMMAND_LINE = ("spire_dist.cli", "spire_dist.cli_cluster")
+COMMAND_LINE = ("spire_dist.cli", "spire_dist.cli_benchmark", "spire_dist.cli_cluster")
 
 MAX_LINES = 500
 
@@ -139,7 +140,7 @@ def circles(sources: Sources) -> list[str]:
 
 
 def packages_that_meet_outside_the_command_line(sources: Sources) -> list[str]:
-    """`spire_dist` may use `data_prep` and `cluster` only in functions of `cli` and `cli_cluster`."""
+    """`spire_dist` may use `data_prep` and `cluster` only in functions of `cli`, `cli_benchmark` and `cli_cluster`."""
     outside = ("data_prep", "cluster")
     found = []
     for module, source in sources.items():

@@ -181,19 +181,6 @@ def test_peak_rise_is_the_memory_held_at_once():
     assert peak_rise(work) == pytest.approx(32e6, rel=0.1)
 
 
-def test_epoch_seconds_are_read_from_the_log_of_the_peer():
-    log = """\
-(INFO) (train_vae.py) (23-Nov-2026 01:54:49) # [Train Epoch: 1/2] [112/250 particles] gen loss=0.705514, kld=0.259188
-(INFO) (train_vae.py) (23-Nov-2026 01:54:52) # =====> Epoch: 1 Average gen loss = 0.705713, KLD = 0.230297, total loss = \
-0.705731; Finished in 0:00:05.804923
-(INFO) (train_vae.py) (23-Nov-2026 01:54:52) Evaluating z
-(INFO) (train_vae.py) (23-Nov-2026 01:54:57) # =====> Epoch: 2 Average gen loss = 0.681827, KLD = 0.409592, total loss = \
-0.681859; Finished in 1:02:03
-(INFO) (train_vae.py) (23-Nov-2026 01:54:58) Finished in 0:00:13.312628 (0:00:06.656314 per epoch)
-"""
-    assert peer.epoch_seconds(log) == {1: 5.804923, 2: 3723.0}
-
-
 def test_exponent_of_a_power_law_is_found():
     assert exponent((1, 2, 4), np.array([3.0, 3 * 2**1.5, 3 * 4**1.5])) == pytest.approx(1.5)
 

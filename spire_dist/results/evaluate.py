@@ -11,17 +11,21 @@ own consensus map, of the state-averaged truth (the best that one rigid map coul
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, SourceError
 from spire_dist.files import replacing
 from spire_dist.maps import read_map
 from spire_dist.progress import progress
 from spire_dist.results import fsc
 from spire_dist.results.agreement import Agreement, parts_agreement
+from spire_dist.results.classes import mixture_index
 from spire_dist.results.plots import plot_evaluation
 from spire_dist.results.runs import decode_in_batches, input_rows
 from spire_dist.results.truth import Truth, open_truth, read_labels
@@ -31,6 +35,39 @@ Curves = dict[tuple[int, ...], NDArray]
 """By conformation, or by the image's row of the input (`input_rows`): FSC [D/2]."""
 FOLDER = "evaluation"
 """Curves go to this folder of the run directory, numbers to `evaluation.json`, the picture to `evaluation.png`."""
+
+
+class Scorable(Protocol):
+    """What can be scored: a `FinishedRun`, or another method's latents of the same store with its maps at them."""
+
+    @property
+    def store(self) -> ParticleStore:
+        """The particles."""
+        ...
+
+    @property
+    def latents(self) -> NDArray[np.float32]:
+        """[N, L], in the store's row order."""
+        ...
+
+    @property
+    def box(self) -> int:
+        """Side of the maps in voxels."""
+        ...
+
+    @property
+    def pixel_size(self) -> float:
+        """Å per voxel."""
+        ...
+
+    @property
+    def consensus(self) -> Path | None:
+        """The one rigid map it began with, where it has one."""
+        ...
+
+    def volumes(self, latents: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """The maps [D, D, D] at latents [B, L], one after another."""
+        ...
 
 
 def evaluate(
@@ -63,10 +100,20 @@ def score(
     run: FinishedRun, truth_folder: Path, *, conformations: int | None = None, images: int = 100, masked: bool = True
 ) -> tuple[dict, dict[str, Curves]]:
     """The numbers of `evaluate` (ready for JSON) and its curves, {"per_conformation/model_masked": {(state,): [D/2]}}."""
+    result, curves = score_maps(run, truth_folder, conformations=conformations, images=images, masked=masked)
+    if (truth_folder / "residues.npz").exists():
+        result["parts"] = score_parts(run, truth_folder, conformations)
+    return result, curves
+
+
+def score_maps(
+    model: Scorable, truth_folder: Path, *, conformations: int | None = None, images: int = 100, masked: bool = True
+) -> tuple[dict, dict[str, Curves]]:
+    """`score` without the parts, which others' models have none of."""
     if images < 0 or (conformations is not None and conformations < 1):
         raise ConfigError(f"conformations {conformations}, images {images}; give at least 1 and 0")
-    truth = open_truth(truth_folder, run.box, run.pixel_size)
-    labels = read_labels(truth.folder, run.store)
+    truth = open_truth(truth_folder, model.box, model.pixel_size)
+    labels = read_labels(truth.folder, model.store)
     if not 0 <= labels.min() <= labels.max() < len(truth.maps):
         found = f"labels {labels.min()} to {labels.max()}, but {len(truth.maps)} true maps"
         raise SourceError(f"{truth.folder}: {found}; there must be one map per label, from 0")
@@ -74,32 +121,33 @@ def score(
     masks = {"unmasked": None} | ({"masked": mask} if mask is not None else {})
     counts = np.bincount(labels, minlength=len(truth.maps))
     states = spread(np.flatnonzero(counts), conformations)
-    rigid = {"consensus": _own_map(run), "average": truth.average(counts)}
+    own = {} if model.consensus is None else {"consensus": _own_map(model.consensus, model.box)}
+    rigid = own | {"average": truth.average(counts)}
 
-    particles = nearest_to_means(run.latents, labels, states)
-    pairs = {(int(state),): (int(state), run.latents[row]) for state, row in zip(states, particles, strict=True)}
-    curves = _curves(run, truth, pairs, masks, rigid, "per_conformation")
+    particles = nearest_to_means(model.latents, labels, states)
+    pairs = {(int(state),): (int(state), int(row)) for state, row in zip(states, particles, strict=True)}
+    curves = _curves(model, truth, pairs, masks, rigid, "per_conformation")
     if images:
-        index = run.store.source_index
-        rows = every_nth(run.store.source * (index.max() + 1) + index, images)
-        keys = map(tuple, input_rows(run.store, rows))
-        pairs = {key: (int(labels[row]), run.latents[row]) for key, row in zip(keys, rows, strict=True)}
-        curves |= _curves(run, truth, pairs, masks, {}, "per_image")
+        index = model.store.source_index
+        rows = every_nth(model.store.source * (index.max() + 1) + index, images)
+        keys = map(tuple, input_rows(model.store, rows))
+        pairs = {key: (int(labels[row]), int(row)) for key, row in zip(keys, rows, strict=True)}
+        curves |= _curves(model, truth, pairs, masks, {}, "per_image")
 
     result = {
         "truth": str(truth.folder),
-        "box": run.box,
-        "pixel_size_a": run.pixel_size,
+        "box": model.box,
+        "pixel_size_a": model.pixel_size,
         "truth_box": truth.own_box,
         "latent_of_a_conformation": "of the image nearest to its mean",
         "mask": None if mask is None else {"file": "init_mask/mask.mrc", "share_of_box": float((mask > 0).mean())},
-        "ceiling": fsc.ceiling(run.box),
+        "ceiling": fsc.ceiling(model.box),
         "scores": {name: _summary(group) for name, group in curves.items()},
         "conformations": [int(s) for s in states],
-        "representatives": input_rows(run.store, particles),
+        "representatives": input_rows(model.store, particles),
     }
-    if (truth.folder / "residues.npz").exists():
-        result["parts"] = score_parts(run, truth_folder, conformations)
+    if (agreement := mixture_index(model.latents, labels)) is not None:
+        result["classes"] = {"states": int(np.count_nonzero(counts)), "adjusted_rand_index": agreement}
     return result, curves
 
 
@@ -156,6 +204,12 @@ def table(result: dict) -> str:
         lines.append(f"mask: {result['mask']['file']}, {100 * result['mask']['share_of_box']:.1f} % of the box")
     if result["truth_box"] != result["box"]:
         lines.append(f"true maps Fourier-cropped from {result['truth_box']} px")
+    if "classes" in result:
+        classes = result["classes"]
+        lines.append(
+            f"mixture of {classes['states']} Gaussians on the latents against the true states, adjusted Rand index: "
+            f"{classes['adjusted_rand_index']:.3f}"
+        )
     if "parts" in result:
         parts = result["parts"]
         lines.append(
@@ -171,25 +225,24 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _own_map(run: FinishedRun) -> NDArray:
-    volume, _ = read_map(run.consensus)
-    if len(volume) != run.box:
-        raise SourceError(
-            f"{run.consensus}: box {len(volume)} px, the run has {run.box}; it is not the run's own consensus"
-        )
+def _own_map(path: Path, box: int) -> NDArray:
+    volume, _ = read_map(path)
+    if len(volume) != box:
+        raise SourceError(f"{path}: box {len(volume)} px, the run has {box}; it is not the run's own consensus")
     return volume
 
 
-def _curves(run: FinishedRun, truth: Truth, pairs: dict, masks: dict, rigid: dict, kind: str) -> dict[str, Curves]:
-    """Benchmark curves of the model, and of rigid maps, against the truth of each pair key -> (state, latent)."""
+def _curves(model: Scorable, truth: Truth, pairs: dict, masks: dict, rigid: dict, kind: str) -> dict[str, Curves]:
+    """Benchmark curves of the model, and of rigid maps, against the truth of each pair key -> (state, row)."""
     fixed = {(name, m): fsc.spectrum(volume, mask) for name, volume in rigid.items() for m, mask in masks.items()}
     curves: dict[str, Curves] = {f"{kind}/{name}_{m}": {} for name in ("model", *rigid) for m in masks}
     true_state, true_spectra = -1, {}
-    for key, (state, z) in progress(pairs.items(), kind.replace("_", " "), total=len(pairs), unit="map"):
+    volumes = model.volumes(model.latents[[row for _, row in pairs.values()]])
+    shown = progress(zip(pairs.items(), volumes, strict=True), kind.replace("_", " "), total=len(pairs), unit="map")
+    for (key, (state, _)), volume in shown:
         if state != true_state:
             true_map = truth.volume(state)
             true_state, true_spectra = state, {m: fsc.spectrum(true_map, mask) for m, mask in masks.items()}
-        volume = run.volume(z)
         for m, mask in masks.items():
             curves[f"{kind}/model_{m}"][key] = fsc.benchmark_curve(true_spectra[m], fsc.spectrum(volume, mask))
             for name in rigid:

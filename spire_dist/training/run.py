@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -150,6 +151,10 @@ class FinishedRun:
         centres, amplitudes = self.decode(np.asarray(latent)[None])
         points, peaks, widths = (torch.from_numpy(a) for a in (centres[0], amplitudes[0], self.widths))
         return render_volume(points, peaks, widths, self.box, self.pixel_size).numpy()
+
+    def volumes(self, latents: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """The maps at latents [B, L], one after another."""
+        return (self.volume(latent) for latent in latents)
 
 
 def load_run(run: Path, stage: int | None = None) -> FinishedRun:

@@ -50,6 +50,9 @@ class StandIn:
         arrays = [torch.from_numpy(a) for a in (centres[0], amplitudes[0], self.widths)]
         return render_volume(*arrays, self.box, self.pixel_size).numpy()
 
+    def volumes(self, latents):
+        return (self.volume(z) for z in latents)
+
 
 def make_standin(folder: Path, noise: float = 0.05) -> StandIn:
     """A run directory `folder`/run and its truth in `folder`/truth; store rows are shuffled against the input's."""
