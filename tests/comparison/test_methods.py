@@ -21,7 +21,7 @@ def test_settings_of_every_method_load_on_every_preset(name: str, preset: str, t
     plain = load_config(
         preset=preset, overrides=["stage1.epochs=3", "seed=7", f"data.store={str(tmp_path / 'store')!r}"]
     )
-    assert (config == plain) == (name == "ours" or (name, preset) == ("paper", "cryobench"))
+    assert (config == plain) == (name == "ours")
 
 
 def test_the_papers_settings_are_those_of_the_preset_for_its_sets():
