@@ -30,9 +30,9 @@ Row = dict[str, Any]
 
 
 def write_leaderboard(out: Path, data: Path, scores: Sequence[dict]) -> str:
-    """benchmark.json, .md and .png in `out` from the runs' score.json's; returns the text of the .md."""
+    """benchmark.json, .md and .png in `out` from the runs' score.json's, at least one; returns the text of the .md."""
     rows = list(leaderboard_rows(scores))
-    about = describe_data(data, scores)
+    about = describe_data(data, scores[0])
     text = "\n".join(lines(about, rows, scores)) + "\n"
     result = {"data": about, "rows": rows, "runs": list(scores), "published": read_published()}
     write_json(out / "benchmark.json", result)
@@ -55,8 +55,7 @@ def leaderboard_rows(scores: Sequence[dict]) -> Iterator[Row]:
     own = [score for score in scores if isinstance(read_methods().get(score["method"]), Own)]
     if own:
         yield _row("consensus", "consensus, one rigid map", [(None, own[0]["result"], None)], "consensus")
-    if scores:
-        yield _row("average", "average of the true maps", [(None, scores[0]["result"], None)], "average")
+    yield _row("average", "average of the true maps", [(None, scores[0]["result"], None)], "average")
 
 
 def _row(name: str, label: str, runs: Sequence[tuple[int | None, dict, float | None]], which: str = "model") -> Row:
@@ -77,20 +76,18 @@ def _numbers(results: Sequence[dict], name: str, kind: str) -> list[float]:
     return [result["scores"][name][kind] for result in results if name in result["scores"]]
 
 
-def describe_data(data: Path, scores: Sequence[dict]) -> dict:
-    """The set: images, box, and how it was simulated where it was."""
-    simulated = read_json(data / "simulation.json")
-    first = scores[0] if scores else {}
-    result = first.get("result", {})
+def describe_data(data: Path, run: dict) -> dict:
+    """The set, as one of the runs on it has it: images, box, and how it was simulated where it was."""
+    result = run["result"]
     return {
         "folder": str(data),
-        "images": first.get("images"),
-        "box": result.get("box"),
-        "pixel_size_a": result.get("pixel_size_a"),
-        "conformations": len(result.get("conformations", [])),
-        "mask": result.get("mask"),
-        "ceiling": result.get("ceiling"),
-        "simulation": simulated or None,
+        "images": run["images"],
+        "box": result["box"],
+        "pixel_size_a": result["pixel_size_a"],
+        "conformations": len(result["conformations"]),
+        "mask": result["mask"],
+        "ceiling": result["ceiling"],
+        "simulation": read_json(data / "simulation.json") or None,
     }
 
 

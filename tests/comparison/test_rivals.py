@@ -1,9 +1,11 @@
 """cryoDRGN as a separate process: a stand-in that knows the truth, and the real one where it is installed."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -103,6 +105,19 @@ def test_a_request_to_stop_ends_the_process_too_and_the_same_call_goes_on(train,
     hang.unlink()
     assert len(train(3)) == 3
     assert calls(stand_in)[-1][-1].endswith("weights.1.pkl")
+
+
+def test_a_process_that_outlived_its_caller_keeps_others_out(train, tmp_path: Path, refusal):
+    (tmp_path / "run").mkdir()
+    with (
+        open(tmp_path / "run" / ".lock", "a") as lock,
+        subprocess.Popen(["sleep", "60"], pass_fds=(lock.fileno(),)) as orphan,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.close()  # as a kill would
+        refusal(RunError, ["at work here"], train)
+        orphan.kill()
+    assert train() == [2.0]
 
 
 def test_python_without_cryodrgn_is_told_how_to_get_it(refusal):
