@@ -111,7 +111,7 @@ def begin_trainee(
 
 def training_step(images: int, gaussians: int) -> Callable[[], None]:
     """Loss, gradients and optimisers on synthetic particles; all that it needs is allocated before it is called."""
-    config = RunConfig(stage2=HierarchyConfig(gaussians=gaussians, layers=3, hidden=128))
+    config = RunConfig(stage2=HierarchyConfig(gaussians=gaussians, layers=3, hidden=128, tries=0))
     trainee = make_trainee(config, 2, images)
     engine = trainee.engine
     assert isinstance(engine, DataParallel)

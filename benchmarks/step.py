@@ -40,12 +40,13 @@ from spire_dist.training.stages import find_parts, seed_coarse, seed_second
 from spire_dist.training.train import SAMPLE_IMAGES, open_source, use_threads
 from spire_dist.training.trainer import Trainee, train_stage
 
-PAPER = RunConfig(stage1=StageConfig(gaussians=2048, layers=1, hidden=32))
+PAPER = RunConfig(stage1=StageConfig(gaussians=2048, layers=1, hidden=32, tries=0))
 SMALL = RunConfig(
-    stage1=StageConfig(gaussians=768, layers=2, hidden=64),
-    stage2=HierarchyConfig(gaussians=1536, layers=1, hidden=32, anchor_layers=2, anchor_hidden=64),
+    stage1=StageConfig(gaussians=768, layers=2, hidden=64, tries=0),
+    stage2=HierarchyConfig(gaussians=1536, layers=1, hidden=32, anchor_layers=2, anchor_hidden=64, tries=0),
     parts=PartsConfig(anchors=5),
 )
+"""Without tries of other particles' latents, which the method as published does not have."""
 CASES = ("stage 1, 2,048 Gaussians, 1 × 32", "stage 1, 768 Gaussians, 2 × 64", "stage 2, 1,536 Gaussians, 5 anchors")
 WARM_UP_EPOCHS = 4
 """Of each case before the first round: the widths settle, and with them the projector's share of the work."""
