@@ -109,7 +109,7 @@ def test_page_says_what_was_run_on_what_and_its_json_has_all_of_it(page: str, tm
     for words in (
         "1234 images of 64 px at 6 Å/px, 3 conformations; a deposited set", "abacus, 1 of 2 cores; torch 2",
         "Mask: init_mask/mask.mrc, 5.0 % of the box.", "11 and 13 Gaussians, 12 and 14 epochs, 15 anchors",
-        "cryoDRGN 4.3.1 (torch 2), 7 epochs, `--zdim 4`",
+        "cryoDRGN 4.3.1 (torch 2), 7 epoch(s), `--zdim 4`",
     ):  # fmt: skip
         assert words in page
     assert (tmp_path / "benchmark.md").read_text() == page
