@@ -154,7 +154,8 @@ class Lab:
         """Nobody of the node is left to report anything: slurmd, its stepds, their tasks."""
         self.nodes[name].kill()
         self.nodes[name].wait()
-        if self.bridge:  # all in its process namespace are killed with it, but on a busy machine not before this returns
+        if self.bridge:
+            # All in its process namespace are killed with it, but on a busy machine not before this returns.
             wait_until(lambda: not self.processes(name))
         else:
             keeper.end_node(self.folder, name)
