@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from spire_dist.comparison.layout import ParticleFiles
-from spire_dist.comparison.leaderboard import write_leaderboard
+from spire_dist.comparison.leaderboard import STAGE_1, write_leaderboard
 from spire_dist.comparison.machine import describe_machine
 from spire_dist.comparison.methods import Method, Own, Rival
+from spire_dist.comparison.moments import keeping_saves, moments
 from spire_dist.comparison.rivals import Program, find_program, load_rival, train_rival
 from spire_dist.config import RunConfig, load_config
 from spire_dist.data.store import ParticleStore
@@ -105,18 +107,22 @@ def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
     config = method.config(setting.store, setting.preset, setting.settings, seed)
     if not (run / "latents.npy").exists():
         _compile(setting, config)
-    train(config, run)
+    train(keeping_saves(config), run)
     if read_json(run / SCORE).get("asked") == setting.asked:
         return None
-    coarse, final = load_run(run, stage=1), load_run(run)
+    final = load_run(run)
     seconds = {stage: max(r["elapsed_s"] for r in read_metrics(run) if r["stage"] == stage) for stage in (1, 2)}
+    points = [*moments(run, config), (STAGE_1, seconds[1], load_run(run, stage=1))]
     return {
         "machine": describe_machine(config.threads),
         "images": final.store.count,
         "settings": config.model_dump(mode="json"),
         "training_s": seconds[2],
         "result": _score(setting, final, setting.images),
-        "earlier": [{"at": "stage 1", "training_s": seconds[1], "result": _score(setting, coarse, setting.images)}],
+        "earlier": [
+            {"at": at, "training_s": when, "result": _score(setting, model, setting.images if at == STAGE_1 else 0)}
+            for at, when, model in sorted(points, key=itemgetter(1))
+        ],
     }
 
 

@@ -25,6 +25,9 @@ NOTE = (
     "adjusted, of a mixture of Gaussians on the latents against true states, where these are few."
 )
 
+STAGE_1 = "stage 1"
+"""Among the earlier points of a run of ours, its first stage as it ended."""
+
 Row = dict[str, Any]
 """A line of the table: name, label, lists with a number for each seed (`masked`, `masked std`, ..., `rand`, `training_s`)."""
 
@@ -50,7 +53,8 @@ def leaderboard_rows(scores: Sequence[dict]) -> Iterator[Row]:
         if runs:
             yield _row(name, method.label, [(run["seed"], run["result"], run["training_s"]) for run in runs])
         if runs and name == "ours":
-            early = [(run["seed"], run["earlier"][0]["result"], run["earlier"][0]["training_s"]) for run in runs]
+            ends = [(run, point) for run in runs for point in run["earlier"] if point["at"] == STAGE_1]
+            early = [(run["seed"], point["result"], point["training_s"]) for run, point in ends]
             yield _row("stage-1", "- its stage 1 alone", early)
     own = [score for score in scores if isinstance(read_methods().get(score["method"]), Own)]
     if own:

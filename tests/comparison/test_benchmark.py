@@ -37,6 +37,7 @@ def test_two_methods_and_a_rival_end_in_one_table_and_a_stopped_call_goes_on(
 ):
     out = tmp_path / "out"
     both = [*words, "--methods", "ours,no-hierarchy"]
+    monkeypatch.setattr("spire_dist.comparison.moments.SAVE_SECONDS", 0.01)
     with monkeypatch.context() as patch:
         at_step(patch, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))  # 8 steps are those that compile
         with pytest.raises(Stopped):
@@ -64,6 +65,12 @@ def test_two_methods_and_a_rival_end_in_one_table_and_a_stopped_call_goes_on(
     assert here["run here"][3] == "cryoDRGN 128 × 2"
     assert here["masked: AUC"][3] == here["masked: AUC"][-1] == "0.4583"  # the stand-in knows the truth
     runs = json.loads((out / "benchmark.json").read_text())["runs"]
+    first = next(run["earlier"] for run in runs if run["method"] == "ours")
+    assert [point["at"].split(",")[0] for point in first] == [*["stage 1"] * 4, *["stage 2"] * 3]
+    assert first[3]["at"] == "stage 1"
+    seconds = [point["training_s"] for point in first]
+    assert seconds == sorted(seconds)
+    assert len({point["result"]["scores"]["per_conformation/model_masked"]["mean"] for point in first}) == 7
     early = next(run["earlier"] for run in runs if run["method"] == "cryodrgn-128x2")
     assert [(point["at"], point["training_s"]) for point in early] == [("epoch 1", 2.0), ("epoch 2", 4.0)]
 

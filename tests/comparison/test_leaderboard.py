@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spire_dist.comparison.leaderboard import read_published, write_leaderboard
+from spire_dist.comparison.leaderboard import STAGE_1, read_published, write_leaderboard
 from spire_dist.comparison.methods import read_methods
 from spire_dist.results import fsc
 
@@ -35,7 +35,11 @@ def result(auc: float, *, masked: bool = True, rand: float | None = None) -> dic
 
 
 def run(method: str, seed: int, auc: float, seconds: float, *, masked: bool = True) -> dict:
-    early = {"at": "before", "training_s": seconds / 2, "result": result(auc - 0.05, masked=masked, rand=0.1)}
+    early = {
+        "at": STAGE_1 if "cryodrgn" not in method else "epoch 1",
+        "training_s": seconds / 2,
+        "result": result(auc - 0.05, masked=masked, rand=0.1),
+    }
     settings = RIVAL_SETTINGS if "cryodrgn" in method else OWN_SETTINGS
     return {
         "method": method, "seed": seed, "machine": MACHINE, "images": 1234, "settings": settings, "training_s": seconds,
