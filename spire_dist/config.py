@@ -55,6 +55,9 @@ class LatentConfig(Section):
     """Numbers per particle."""
     weight: float = Field(default=0.1, ge=0)
     """λ_z of λ_z |z|², in nats per particle: 0.1 is a Gaussian prior of standard deviation 2.2."""
+    linear: float = Field(default=0.3, ge=0, lt=1)
+    """Share of stage 1, at its beginning, in which a table's latents stay where a linear model of the maps put them, so that
+    the Gaussians learn to follow it; 0: they start at random and move from the beginning."""
     encoder_width: int = Field(default=256, ge=8)
     """Units of the encoder's two hidden layers."""
     encoder_box: int = Field(default=32, ge=8)

@@ -122,7 +122,7 @@ def tiny_settings(tiny_store: Path) -> list[str]:
     """`--set` values of a run of a second or two on `tiny_store`: 40 and 24 steps of 32 images."""
     return [
         f"data.store='{tiny_store}'", "device='cpu'", "threads=1", "features=8", "output.log_seconds=0.01",
-        "output.volumes=2", "latent.dimension=2", "latent.encoder_width=32", "latent.encoder_box=16",
+        "output.volumes=2", "latent.dimension=2", "latent.linear=0", "latent.encoder_width=32", "latent.encoder_box=16",
         "stage1.gaussians=64", "stage1.epochs=5", "stage1.batch=32", "stage1.hidden=16",
         "parts.clusters=2", "parts.anchors=3", "stage2.gaussians=96", "stage2.epochs=3", "stage2.batch=32",
         "stage2.layers=1", "stage2.hidden=16", "stage2.anchor_hidden=16", "stage2.distil_steps=20",

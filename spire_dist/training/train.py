@@ -36,6 +36,7 @@ from spire_dist.model.mixtures import CoarseMixture
 from spire_dist.model.pose_corrections import corrected
 from spire_dist.physics.projector import choose_backend
 from spire_dist.training.consensus import back_project
+from spire_dist.training.linear import linear_latents
 from spire_dist.training.metrics import RunLog, say
 from spire_dist.training.run import open_run, write_poses, write_status
 from spire_dist.training.saving import (
@@ -166,7 +167,8 @@ def _train_both(session: _Session, where: tuple[int, int] | None) -> None:
     run, source, config, mesh = session.run, session.source, session.config, session.mesh
     volume = consensus_map(run, source, config, mesh)
     if where is None:
-        first_alone(mesh, lambda: _begin_first_stage(session, volume))
+        start = table_start(source, config, mesh)
+        first_alone(mesh, lambda: _begin_first_stage(session, volume, start))
     if where is None or where[0] == 1:
         _train(session)
         latents = all_latents(run, source, config, mesh)
@@ -252,16 +254,26 @@ def _state(run: Path) -> State:
     return state
 
 
-def _begin_first_stage(session: _Session, volume: NDArray[np.float32] | None) -> None:
+def table_start(source: BatchSource, config: RunConfig, mesh: Mesh = ALONE) -> Tensor | None:
+    """Latents [N, L] that a table starts with: random, or of a linear model, with random ones behind its few. All ranks call
+    this together. None where an encoder makes latents.
+    """
+    if config.latent.kind != "table":
+        return None
+    latents = starting_latents(source.store.count, config.latent.dimension, config.seed)
+    if config.latent.linear > 0:
+        found = torch.from_numpy(linear_latents(source, config.latent.dimension, config.seed, mesh))
+        latents[:, : found.shape[1]] = found
+    return latents
+
+
+def _begin_first_stage(session: _Session, volume: NDArray[np.float32] | None, start: Tensor | None) -> None:
     """The coarse model, seeded from the map."""
     source, config = session.source, session.config
     assert volume is not None
     torch.manual_seed(config.seed)
     mixture = seed_coarse(volume, config, source.batch(np.arange(min(SAMPLE_IMAGES, source.store.count))))
-    if config.latent.kind == "table":
-        latents = at_home(starting_latents(source.store.count, config.latent.dimension, config.seed))
-    else:
-        latents = ImageEncoder(source.store.box, config.latent)
+    latents = ImageEncoder(source.store.box, config.latent) if start is None else at_home(start)
     write_start(session.run, 1, mixture, latents, source, config, session.log.elapsed_s)
 
 

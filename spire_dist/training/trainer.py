@@ -83,6 +83,7 @@ def train_stage(
     order = training_order(source, config, trainee.stage)
     per_epoch = order.steps_per_epoch
     total, warmup = round(stage.epochs * per_epoch), round(stage.warmup_epochs * per_epoch)
+    held = round(config.latent.linear * total) if trainee.stage == 1 else 0
     refine_from, rigid = round(config.poses.start * total), round(config.poses.rigid_epochs * per_epoch)
     data = Prefetcher(source.training(order, trainee.step, mesh.rank, mesh.world))
     saved_at = time.monotonic()
@@ -97,7 +98,7 @@ def train_stage(
             since = trainee.step - refine_from
             visits = since // per_epoch + 1 if since >= 0 else 0
             warm = trainee.step < warmup or (trainee.poses is not None and 0 <= since < rigid)
-            own = learn(trainee, batch, config, factor, warm, visits)
+            own = learn(trainee, batch, config, factor, warm, visits, held=trainee.step < held)
             trainee.step += 1
             asked = stop.requested is not None
             due = mesh.rank == 0 and (log.due() or trainee.step == total)
@@ -117,20 +118,24 @@ def train_stage(
         data.close()
 
 
-def learn(trainee: Trainee, batch: Batch, config: RunConfig, factor: float, warm: bool, visits: int = 1) -> Tensor:
+def learn(
+    trainee: Trainee, batch: Batch, config: RunConfig, factor: float, warm: bool, visits: int = 1, held: bool = False
+) -> Tensor:
     """One step on a rank's batch; returns its (objective, sum of squared residuals per pixel), [2].
 
     factor  share of the peak step sizes
     visits  which visit of the batch's particles this is for the table of poses, where there is one; 0: none yet
+    held    whether a table's latents stay as they are
     """
     stage, mesh = config.stage1 if trainee.stage == 1 else config.stage2, trainee.mesh
     table, poses = trainee.table, trainee.poses if visits else None
     latents, corrections = (_read(own, batch, trainee.step) for own in (table, poses))
-    rests = warm and poses is not None  # the model rests at z = 0, and latents are wanted afterwards as they are now
+    # while poses are corrected first, the model rests at z = 0, and latents are wanted afterwards as they are now
+    rests = held or (warm and poses is not None)
     if rests and latents is not None:
         latents = latents.detach()
     tried, seed = None, (config.seed, trainee.stage, trainee.step)
-    if latents is not None and stage.tries and not warm:
+    if latents is not None and stage.tries and not warm and not held:
         tried = drawn_latents(mesh, batch, latents, stage.batch // mesh.world, stage.tries, seed)
     objective, squared, squared_tried = trainee.engine(batch, latents, warm, corrections, tried)
     trainee.engine.descend(objective, factor)
