@@ -51,11 +51,11 @@ class LatentConfig(Section):
     kind: Literal["table", "encoder", "encoder+table"] = "table"
     """`table`: a free vector per particle (the paper); `encoder`: a network reads it off the image and pose;
     `encoder+table`: the encoder in stage 1, whose output then starts a table that stage 2 refines."""
-    dimension: int = Field(default=4, ge=1, le=64)
+    dimension: int = Field(default=8, ge=1, le=64)
     """Numbers per particle."""
     weight: float = Field(default=0.1, ge=0)
     """λ_z of λ_z |z|², in nats per particle: 0.1 is a Gaussian prior of standard deviation 2.2."""
-    linear: float = Field(default=0.3, ge=0, lt=1)
+    linear: float = Field(default=0.15, ge=0, lt=1)
     """Share of stage 1, at its beginning, in which a table's latents stay where a linear model of the maps put them, so that
     the Gaussians learn to follow it; 0: they start at random and move from the beginning."""
     encoder_width: int = Field(default=256, ge=8)
@@ -97,7 +97,8 @@ class StageConfig(Section):
     motion_px: float = Field(default=3.0, gt=0)
     """Pixels moved per unit of the shift network's output; its last layer starts at zero."""
     warmup_epochs: float = Field(default=1.0, ge=0)
-    """Passes before the deformation is switched on (the static Gaussians settle first)."""
+    """Passes before the deformation is switched on (the static Gaussians settle first), but where latents start from a linear
+    model."""
     final_rate: float = Field(default=0.05, gt=0, le=1)
     """Share of the peak step sizes reached at the end of the stage (cosine in between)."""
     tries: int = Field(default=4, ge=0)

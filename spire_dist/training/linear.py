@@ -183,7 +183,7 @@ def linear_latents(source: BatchSource, dimension: int, seed: int, mesh: Mesh) -
     mine = np.arange(count)[mesh.rank * run : (mesh.rank + 1) * run]
     found = [coordinates(cut_sections(source.batch(rows)), maps)[0].numpy() for rows in _runs(mine)]
     whole = np.concatenate(everyones(np.concatenate(found), mesh.world_group))
-    return whole / max(float(whole.std()), 1e-6)
+    return (whole / max(float(whole.std()), 1e-6)).astype(np.float32)
 
 
 def _runs(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:

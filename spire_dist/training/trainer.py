@@ -83,7 +83,9 @@ def train_stage(
     order = training_order(source, config, trainee.stage)
     per_epoch = order.steps_per_epoch
     total, warmup = round(stage.epochs * per_epoch), round(stage.warmup_epochs * per_epoch)
-    held = round(config.latent.linear * total) if trainee.stage == 1 else 0
+    held = 0
+    if trainee.stage == 1 and trainee.table is not None and config.latent.linear > 0:
+        held, warmup = round(config.latent.linear * total), 0
     refine_from, rigid = round(config.poses.start * total), round(config.poses.rigid_epochs * per_epoch)
     data = Prefetcher(source.training(order, trainee.step, mesh.rank, mesh.world))
     saved_at = time.monotonic()
