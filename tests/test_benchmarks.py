@@ -13,7 +13,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks import peer
+from benchmarks import leaderboard, peer
 from benchmarks.growth import exponent
 from benchmarks.memory import peak_rise
 from benchmarks.precision import inside_spread
@@ -21,6 +21,8 @@ from benchmarks.ranks import Case, measure
 from benchmarks.scaling import Costs, step_seconds
 from benchmarks.step import times
 from benchmarks.tables import table
+from spire_dist import cli
+from spire_dist.comparison.methods import Own, choose_methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -214,3 +216,45 @@ def test_ranks_that_send_for_nothing_take_their_part_of_a_step_and_others_what_t
     wire = Costs(0, 0, 0, 0, 1e30, 1.0, 0, 0, 1)  # 1 GB/s, and every rank on a node of its own
     whole = 2 * 3 / 4 * 4 * 4096 * (24 + 5) + 2 * 3 / 4 * 4 * 1000
     assert step_seconds(Case(4, 1, 4096, 64, 64, 1), wire, common=1000) == pytest.approx(1e-9 * whole)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in leaderboard.EXPERIMENTS.glob("*.toml")))
+def test_an_experiment_makes_its_set_and_then_compares_methods_that_exist(name: str, tmp_path: Path):
+    verbs = typer.main.get_command(cli.app)
+    experiment = leaderboard.read_experiment(name)
+    found = list(leaderboard.commands(experiment, tmp_path, Path("models"), Path("ctf.npy"), Path("python"), 1))
+    assert [words[0] for words in found] == ["simulate"] + ["benchmark"] * len(experiment["benchmark"])
+    for words in found:
+        given = verbs.commands[words[0]].make_context(words[0], words[1:], resilient_parsing=True).params  # pyright: ignore
+        if words[0] == "simulate":
+            assert given["recipe"] == name
+            assert len(given["model"]) == len(experiment["models"]["names"])
+        else:
+            assert given["seeds"]
+            for method in choose_methods(given["methods"].split(","), with_rivals=True):
+                if isinstance(method, Own):
+                    method.config(tmp_path, "demo", given["settings"], seed=0)
+    without = list(leaderboard.commands(experiment, tmp_path, Path("models"), Path("ctf.npy"), None, 1))
+    assert not any("cryodrgn" in word for words in without for word in words)
+
+
+def test_what_is_published_of_an_experiment_tells_no_places(tmp_path: Path):
+    methods, docs = tmp_path / "methods", tmp_path / "docs"
+    for folder in (methods, docs / "images"):
+        folder.mkdir(parents=True)
+    simulation = dict.fromkeys(leaderboard.SIMULATION, 1) | {"model": ["/home/someone/1hzh.pdb"]}
+    scores = {"scores": {"per_conformation/model_masked": {"mean": 0.4}}}
+    run = {"method": "ours", "seed": 3, "machine": {"cores": 2}, "training_s": 20.0, "result": scores}
+    run["earlier"] = [{"training_s": 10.04, "result": {"scores": {"per_conformation/model_masked": {"mean": 0.3}}}}]
+    result = {
+        "data": {"folder": "/home/someone/set", "simulation": simulation},
+        "rows": [{"name": "ours"}],
+        "runs": [run],
+    }
+    (methods / "benchmark.json").write_text(json.dumps(result))
+    (methods / "benchmark.png").write_bytes(b"picture")
+    leaderboard.publish_result("igg-1d", methods, docs)
+    text = (docs / "results" / "igg-1d.json").read_text()
+    assert "/home" not in text
+    assert json.loads(text)["curves"] == [{"method": "ours", "seed": 3, "points": [[10.0, 0.3], [20.0, 0.4]]}]
+    assert (docs / "images" / "leaderboard-igg-1d.png").read_bytes() == b"picture"
