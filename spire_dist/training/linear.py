@@ -30,7 +30,7 @@ MASK = 0.85
 MOST = 8
 """Components at most."""
 FITTED = 16_384
-"""Particles at most that the maps are fitted to, evenly spread; the latents of all follow from these."""
+"""Particles at most that the maps are fitted to, whole chunks evenly spread; the latents of all follow from these."""
 ROUNDS = 7
 START = 0.1
 """Size of the random components at the start, of the mean map."""
@@ -175,7 +175,7 @@ def linear_latents(source: BatchSource, dimension: int, seed: int, mesh: Mesh) -
     All ranks share the work and get the whole.
     """
     count, components = source.store.count, min(dimension, MOST)
-    fitted = np.linspace(0, count - 1, min(count, FITTED)).round().astype(np.int64)[mesh.rank :: mesh.world]
+    fitted = fitted_rows(count, source.store.images_per_chunk)[mesh.rank :: mesh.world]
     parts = [cut_sections(source.batch(rows)) for rows in _runs(fitted)]
     own = Sections(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Sections)))
     maps = fit_maps(own, source.store.box, components, seed, mesh)
@@ -184,6 +184,14 @@ def linear_latents(source: BatchSource, dimension: int, seed: int, mesh: Mesh) -
     found = [coordinates(cut_sections(source.batch(rows)), maps)[0].numpy() for rows in _runs(mine)]
     whole = np.concatenate(everyones(np.concatenate(found), mesh.world_group))
     return (whole / max(float(whole.std()), 1e-6)).astype(np.float32)
+
+
+def fitted_rows(count: int, per_chunk: int) -> NDArray[np.int64]:
+    """Of `count` particles those that the maps are fitted to, ascending: at most FITTED, chunks evenly spread."""
+    chunks = -(-count // per_chunk)
+    taken = np.linspace(0, chunks - 1, min(chunks, max(1, FITTED // per_chunk))).round().astype(np.int64)
+    rows = (taken[:, None] * per_chunk + np.arange(per_chunk)).ravel()
+    return rows[rows < count]
 
 
 def _runs(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -15,6 +15,7 @@ from spire_dist.distributed.checkpoint import ALONE
 from spire_dist.distributed.mesh import Mesh
 from spire_dist.physics.projector import project
 from spire_dist.training.linear import (
+    FITTED,
     FLOOR,
     PADDING,
     Sections,
@@ -22,6 +23,7 @@ from spire_dist.training.linear import (
     Sums,
     coordinates,
     cut_sections,
+    fitted_rows,
     linear_latents,
     rings,
     side,
@@ -138,12 +140,23 @@ class Made:
         covariance = torch.linalg.inv(seen @ seen.transpose(1, 2) + torch.eye(2))
         self.best = 1 - covariance.diagonal(dim1=1, dim2=2).mean(0)
         """The share of the truth's variance that images in this noise can tell, were the blobs known."""
-        self.store = type("Store", (), {"count": count, "box": BOX})
+        self.store = type("Store", (), {"count": count, "box": BOX, "images_per_chunk": 64})
 
     def batch(self, rows: np.ndarray) -> Batch:
         whole = self.whole
         chosen = (getattr(whole, name)[rows] for name in ("rows", "images", "ctf", "rotations", "shifts_px"))
         return Batch(*chosen, total=len(rows))
+
+
+@pytest.mark.parametrize(("count", "per_chunk"), [(5, 64), (1000, 64), (40_000, 64), (335_240, 64), (99_999, 16)])
+def test_maps_are_fitted_to_whole_chunks_over_the_whole_store(count: int, per_chunk: int):
+    rows = fitted_rows(count, per_chunk)
+    assert len(rows) == len(np.unique(rows)) <= FITTED
+    assert len(rows) == count or len(rows) > FITTED - 2 * per_chunk
+    assert rows[-1] == count - 1
+    chunks = np.unique(rows // per_chunk)
+    assert np.diff(chunks).max(initial=1) <= count / FITTED + 2
+    assert len(rows) > (len(chunks) - 1) * per_chunk
 
 
 def test_latents_of_made_images_tell_what_these_were_made_with():
