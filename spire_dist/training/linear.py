@@ -122,14 +122,14 @@ class Sums:
     def maps(self, mesh: Mesh) -> Tensor:
         """Maps [V, K + 1] that explain all ranks' images best; all ranks call this together."""
         sum_over([self.numerators, self.weights], mesh.world_group)
-        count = self.numerators.shape[1]
-        systems = torch.zeros(len(self.weights), count, count)
-        systems[:, self.upper[0], self.upper[1]] = self.weights
-        systems[:, self.upper[1], self.upper[0]] = self.weights
-        seen = self.weights[:, 0] > 0
-        floor = FLOOR * self.weights[seen, 0].mean() + 1e-6
-        solved = torch.linalg.solve(systems + floor * torch.eye(count), self.numerators)
-        return torch.view_as_complex(solved.contiguous()) * seen[:, None]
+        count, seen = self.numerators.shape[1], self.weights[:, 0] > 0
+        weights = self.weights[seen]
+        systems = (FLOOR * weights[:, 0].mean() + 1e-6) * torch.eye(count).repeat(len(weights), 1, 1)
+        systems[:, self.upper[0], self.upper[1]] += weights
+        systems[:, self.upper[1], self.upper[0]] = systems[:, self.upper[0], self.upper[1]]
+        maps = torch.zeros_like(self.numerators)
+        maps[seen] = torch.linalg.solve(systems, self.numerators[seen])
+        return torch.view_as_complex(maps)
 
 
 class Space:
