@@ -25,7 +25,7 @@ from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError
 from spire_dist.files import write_json
 from spire_dist.machine import cores
-from spire_dist.results.evaluate import Scorable, score_maps
+from spire_dist.results.evaluate import Scorable, score_maps, score_parts
 from spire_dist.results.runs import read_json, read_metrics
 from spire_dist.results.truth import open_truth
 from spire_dist.training.metrics import say
@@ -111,6 +111,9 @@ def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
     if read_json(run / SCORE).get("asked") == setting.asked:
         return None
     final = load_run(run)
+    result = _score(setting, final, setting.images)
+    if (setting.data / "residues.npz").exists():
+        result["parts"] = score_parts(final, setting.data, setting.conformations)
     seconds = {stage: max(r["elapsed_s"] for r in read_metrics(run) if r["stage"] == stage) for stage in (1, 2)}
     points = [*moments(run, config), (STAGE_1, seconds[1], load_run(run, stage=1))]
     return {
@@ -118,7 +121,7 @@ def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
         "images": final.store.count,
         "settings": config.model_dump(mode="json"),
         "training_s": seconds[2],
-        "result": _score(setting, final, setting.images),
+        "result": result,
         "earlier": [
             {"at": at, "training_s": when, "result": _score(setting, model, setting.images if at == STAGE_1 else 0)}
             for at, when, model in sorted(points, key=itemgetter(1))

@@ -17,19 +17,21 @@ from spire_dist.results.runs import read_json
 MASKS = ("masked", "unmasked")
 HEADER = (
     "run here", "seeds", *(f"{mask}: {what}" for mask in MASKS for what in ("AUC", "std", "median")),
-    *(f"per image, {mask}" for mask in MASKS), "Rand index", "training, s",
+    *(f"per image, {mask}" for mask in MASKS), "Rand index", "parts: moving", "parts: each",
+    "training, s",
 )  # fmt: skip
 NOTE = (
     "AUC of the per-conformation FSC by the benchmark's shells: mean over conformations, std and median over them, inside the "
     "set's mask and without it; per image: mean over single images. Of several seeds the mean (lowest-highest). Rand index: "
-    "adjusted, of a mixture of Gaussians on the latents against true states, where these are few."
+    "adjusted, of a mixture of Gaussians on the latents against true states, where these are few. Parts: adjusted Rand index of our "
+    "Gaussians' parts against the groups that move or come and go in truth, both as moving and fixed, and each by itself."
 )
 
 STAGE_1 = "stage 1"
 """Among the earlier points of a run of ours, its first stage as it ended."""
 
 Row = dict[str, Any]
-"""A line of the table: name, label, lists with a number for each seed (`masked`, `masked std`, ..., `rand`, `training_s`)."""
+"""A line of the table: name, label, lists with a number for each seed (`masked`, `masked std`, ..., `rand`, `parts each`, `training_s`)."""
 
 
 def write_leaderboard(out: Path, data: Path, scores: Sequence[dict]) -> str:
@@ -72,6 +74,8 @@ def _row(name: str, label: str, runs: Sequence[tuple[int | None, dict, float | N
         row[f"per image {mask}"] = _numbers(results, f"per_image/{which}_{mask}", "mean")
     classes = [result["classes"]["adjusted_rand_index"] for result in results if "classes" in result]
     row["rand"] = classes if which == "model" else []
+    parts = [result["parts"] for result in results if "parts" in result and which == "model"]
+    row["parts moving"], row["parts each"] = ([found[key] for found in parts] for key in ("merged", "unmerged"))
     row["training_s"] = [seconds for _, _, seconds in runs if seconds is not None]
     return row
 
@@ -175,7 +179,7 @@ def _cells(row: Row) -> list[str]:
         row["label"],
         str(len(row["seeds"]) or "-"),
         *numbers,
-        _spread(row["rand"], 3),
+        *(_spread(row[name], 3) for name in ("rand", "parts moving", "parts each")),
         _spread(row["training_s"], 0),
     ]
 

@@ -41,9 +41,10 @@ def run(method: str, seed: int, auc: float, seconds: float, *, masked: bool = Tr
         "result": result(auc - 0.05, masked=masked, rand=0.1),
     }
     settings = RIVAL_SETTINGS if "cryodrgn" in method else OWN_SETTINGS
+    parts = {"parts": {"merged": auc + 0.3, "unmerged": 0.25}} if method == "ours" else {}
     return {
         "method": method, "seed": seed, "machine": MACHINE, "images": 1234, "settings": settings, "training_s": seconds,
-        "result": result(auc, masked=masked, rand=0.9), "earlier": [early],
+        "result": result(auc, masked=masked, rand=0.9) | parts, "earlier": [early],
     }  # fmt: skip
 
 
@@ -100,6 +101,8 @@ def test_every_number_stands_in_its_row_and_column(page: str):
     assert ours["unmasked: AUC"] == "0.3650 (0.3600-0.3700)"
     assert ours["per image, masked"] == "0.4550 (0.4500-0.4600)"
     assert ours["training, s"] == "70 (60-80)"
+    assert (ours["parts: moving"], ours["parts: each"]) == ("0.765 (0.760-0.770)", "0.250 (0.250-0.250)")
+    assert row["- without hierarchy"]["parts: each"] == "-"
     assert row["- its stage 1 alone"]["training, s"] == "35 (30-40)"
     assert row["- its stage 1 alone"]["Rand index"] == "0.100 (0.100-0.100)"
     assert row["cryoDRGN 128 × 2"]["masked: AUC"] == "0.4000"
