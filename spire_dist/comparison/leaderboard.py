@@ -23,7 +23,7 @@ HEADER = (
 NOTE = (
     "AUC of the per-conformation FSC by the benchmark's shells: mean over conformations, std and median over them, inside the "
     "set's mask and without it; per image: mean over single images. Of several seeds the mean (lowest-highest). Rand index: "
-    "adjusted, of a mixture of Gaussians on the latents against true states, where these are few. Parts: adjusted Rand index of our "
+    "adjusted, of a mixture of Gaussians on the latents against true states, where these are few. Parts: the same index of our "
     "Gaussians' parts against the groups that move or come and go in truth, both as moving and fixed, and each by itself."
 )
 
@@ -31,7 +31,8 @@ STAGE_1 = "stage 1"
 """Among the earlier points of a run of ours, its first stage as it ended."""
 
 Row = dict[str, Any]
-"""A line of the table: name, label, lists with a number for each seed (`masked`, `masked std`, ..., `rand`, `parts each`, `training_s`)."""
+"""A line of the table: name, label, lists with a number for each seed (`masked`, `masked std`, ..., `rand`, `parts each`,
+`training_s`)."""
 
 
 def write_leaderboard(out: Path, data: Path, scores: Sequence[dict]) -> str:
