@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from spire_dist.results.plots import GREY, INK, figure, legend
 
@@ -36,6 +37,11 @@ def draw(path: Path, rows: Sequence[Row], scores: Sequence[dict], ceiling: float
             right.axhline(np.mean(row[where]), color=colours[row["name"]], linestyle=":", label=labelled[row["name"]])
     right.axhline(ceiling, color=GREY, linestyle="--", linewidth=1)
     right.set(xscale="log", xlabel="training, s", ylabel=f"AUC, {where}", title="against training time")
+    for axis, subs in ((right.xaxis.set_major_locator, (1.0,)), (right.xaxis.set_minor_locator, (2.0, 3.0, 5.0))):
+        axis(LogLocator(subs=subs))
+    right.xaxis.set_major_formatter("{x:.0f}")
+    right.xaxis.set_minor_formatter("{x:.0f}")
+    right.tick_params(axis="x", which="minor", labelsize=right.xaxis.get_ticklabels()[0].get_fontsize())
     legend(right)
     for axes in (left, right):
         axes.set_title(axes.get_title(), fontsize=9.5, color=INK)
