@@ -111,7 +111,7 @@ def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
     if read_json(run / SCORE).get("asked") == setting.asked:
         return None
     final = load_run(run)
-    result = _score(setting, final, setting.images)
+    result = _score(setting, final)
     if (setting.data / "residues.npz").exists():
         result["parts"] = score_parts(final, setting.data, setting.conformations)
     seconds = {stage: max(r["elapsed_s"] for r in read_metrics(run) if r["stage"] == stage) for stage in (1, 2)}
@@ -123,7 +123,7 @@ def _own(setting: Setting, method: Own, run: Path, seed: int) -> dict | None:
         "training_s": seconds[2],
         "result": result,
         "earlier": [
-            {"at": at, "training_s": when, "result": _score(setting, model, setting.images if at == STAGE_1 else 0)}
+            {"at": at, "training_s": when, "result": _score(setting, model, whole=at == STAGE_1)}
             for at, when, model in sorted(points, key=itemgetter(1))
         ],
     }
@@ -144,8 +144,10 @@ def _compile(setting: Setting, config: RunConfig) -> None:
         train(config.model_copy(update=short), Path(folder) / "run")
 
 
-def _score(setting: Setting, model: Scorable, images: int) -> dict:
-    result, _ = score_maps(model, setting.data, conformations=setting.conformations, images=images)
+def _score(setting: Setting, model: Scorable, whole: bool = True) -> dict:
+    """Of a point on the way (not `whole`) only the score per conformation."""
+    images = setting.images if whole else 0
+    result, _ = score_maps(model, setting.data, conformations=setting.conformations, images=images, classes=whole)
     return result
 
 
@@ -162,7 +164,7 @@ def _rival(setting: Setting, method: Rival, run: Path, seed: int) -> dict | None
         {
             "at": f"epoch {epoch}",
             "training_s": sum(seconds[:epoch]),
-            "result": _score(setting, load_rival(program, run, epoch, store), setting.images if epoch == last else 0),
+            "result": _score(setting, load_rival(program, run, epoch, store), whole=epoch == last),
         }
         for epoch in sorted({1, last // 4, last // 2, last} - {0})
     ]

@@ -10,15 +10,16 @@ from sklearn.mixture import GaussianMixture
 
 MOST_STATES = 20
 """With more of them the truth is taken for a continuous motion, whose steps nothing could tell apart."""
-MOST_FITTED = 50_000
+MOST_FITTED = 20_000
 """Latents a mixture is fitted to, evenly drawn; all are assigned by it."""
-STARTS = 5
+STARTS = 50
+"""Of mixtures that begin elsewhere the likeliest counts; with few of them the index is that of a poor mixture."""
 
 
 def mixture_index(latents: NDArray, labels: NDArray, seed: int = 0) -> float | None:
     """Adjusted Rand index (1: the same classes, 0: chance) of a mixture of Gaussians on latents [N, L] against labels [N].
 
-    As many components as there are states among the labels, full covariances, the best of five starts from k-means.
+    As many components as there are states among the labels, full covariances, the best of `STARTS` from k-means.
     None where there is one state, or more than `MOST_STATES`.
     """
     states = len(np.unique(labels))

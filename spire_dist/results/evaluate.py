@@ -107,9 +107,15 @@ def score(
 
 
 def score_maps(
-    model: Scorable, truth_folder: Path, *, conformations: int | None = None, images: int = 100, masked: bool = True
+    model: Scorable,
+    truth_folder: Path,
+    *,
+    conformations: int | None = None,
+    images: int = 100,
+    masked: bool = True,
+    classes: bool = True,
 ) -> tuple[dict, dict[str, Curves]]:
-    """`score` without the parts, which others' models have none of."""
+    """`score` without the parts, which others' models have none of, and on demand without `classes`, which take a while."""
     if images < 0 or (conformations is not None and conformations < 1):
         raise ConfigError(f"conformations {conformations}, images {images}; give at least 1 and 0")
     truth = open_truth(truth_folder, model.box, model.pixel_size)
@@ -146,7 +152,7 @@ def score_maps(
         "conformations": [int(s) for s in states],
         "representatives": input_rows(model.store, particles),
     }
-    if (agreement := mixture_index(model.latents, labels)) is not None:
+    if classes and (agreement := mixture_index(model.latents, labels)) is not None:
         result["classes"] = {"states": int(np.count_nonzero(counts)), "adjusted_rand_index": agreement}
     return result, curves
 

@@ -100,7 +100,7 @@ def train_stage(
             since = trainee.step - refine_from
             visits = since // per_epoch + 1 if since >= 0 else 0
             warm = trainee.step < warmup or (trainee.poses is not None and 0 <= since < rigid)
-            own = learn(trainee, batch, config, factor, warm, visits, held=trainee.step < held)
+            own = learn(trainee, batch, config, factor, warm, visits, trainee.step < held)
             trainee.step += 1
             asked = stop.requested is not None
             due = mesh.rank == 0 and (log.due() or trainee.step == total)
