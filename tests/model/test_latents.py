@@ -67,7 +67,7 @@ def test_the_encoder_ignores_the_shift_and_the_sign_of_the_ctf(kind, box, encode
 
 def test_no_image_has_no_latent_but_a_gradient_of_zero():
     """A rank may have no particle in the last step of an epoch; its encoder's gradient is added to the others' all the same."""
-    encoder = ImageEncoder(24, LatentConfig(encoder_box=16, encoder_width=8))
+    encoder = ImageEncoder(24, LatentConfig(dimension=4, encoder_box=16, encoder_width=8))
     nothing = torch.zeros(0, 24, 13)
     latents = encoder(nothing + 0j, nothing, torch.zeros(0, 3, 3), torch.zeros(0, 2))
     assert latents.shape == (0, 4)
