@@ -19,8 +19,9 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.igg import CTF_TABLE, SHARED
+
 EXPERIMENTS = Path(__file__).parent / "experiments"
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SIMULATION = ("recipe", "scale", "states", "particles", "box", "pixel_size", "snr", "snr_at", "seed")
 """What is published of how a set was made."""
@@ -30,9 +31,7 @@ def main(
     name: Annotated[str, typer.Argument(help="A file of benchmarks/experiments/, without its ending.")],
     out: Annotated[Path, typer.Argument(help="Folder for data/ and methods/.")],
     models: Annotated[Path, typer.Option(help="Folder of the structures that experiments name.")] = SHARED / "models",
-    ctf_table: Annotated[Path, typer.Option(help=".npy of CTF rows to draw from.")] = (
-        SHARED / "ctf" / "empiar10028_ctf.npy"
-    ),
+    ctf_table: Annotated[Path, typer.Option(help=".npy of CTF rows to draw from.")] = CTF_TABLE,
     cryodrgn: Annotated[Path | None, typer.Option(help="Python of an environment with cryoDRGN [not run].")] = None,
     threads: Annotated[int, typer.Option(help="Threads of every method; 0: all cores.")] = 0,
     publish: Annotated[bool, typer.Option(help="Copy table and picture to docs/results/ and docs/images/.")] = False,
@@ -41,7 +40,9 @@ def main(
     experiment = read_experiment(name)
     for words in commands(experiment, out, models, ctf_table, cryodrgn, threads):
         print(shlex.join(["spire-dist", *words]), flush=True)
-        subprocess.run([sys.executable, "-m", "spire_dist.cli", *words], check=True)
+        code = subprocess.run([sys.executable, "-m", "spire_dist.cli", *words], check=False).returncode
+        if code:  # the verb has said why
+            raise typer.Exit(code)
     if publish:
         publish_result(name, out / "methods", DOCS)
 
@@ -75,7 +76,7 @@ def commands(
 
 
 def publish_result(name: str, methods: Path, docs: Path) -> None:
-    """docs/results/NAME.json, the rows without the runs' curves, and docs/images/NAME.png."""
+    """docs/results/NAME.json, rows and curves without what else is known of runs, and docs/images/leaderboard-NAME.png."""
     result = json.loads((methods / "benchmark.json").read_text())
     data = result["data"] | {"folder": name}
     data["simulation"] = {key: data["simulation"][key] for key in SIMULATION}  # not where its files lay

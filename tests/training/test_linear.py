@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from spire_dist.config import load_config
 from spire_dist.data.loader import Batch, BatchSource
@@ -37,9 +38,7 @@ BOX = 24
 
 def poses(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotations [count, 3, 3] and shifts [count, 2] px."""
-    turned, triangle = np.linalg.qr(rng.normal(size=(count, 3, 3)))
-    turned *= np.sign(np.einsum("nii->ni", triangle))[:, None, :]
-    turned[:, :, 0] *= np.linalg.det(turned)[:, None]
+    turned = Rotation.random(count, random_state=rng).as_matrix()
     return torch.tensor(turned).float(), torch.tensor(rng.uniform(-2, 2, (count, 2))).float()
 
 
