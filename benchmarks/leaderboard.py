@@ -1,6 +1,6 @@
 """Rows of docs/results.md: an experiment makes its set and compares methods on it, with all seeds.
 
-    python -m benchmarks.leaderboard igg-1d OUT [--cryodrgn PEER/bin/python] [--threads 1]
+    python -m benchmarks.leaderboard igg-1d OUT [--cryodrgn PEER/bin/python] [--recovar PEER/bin/python] [--threads 1]
 
 Experiments are the files of `benchmarks/experiments/`; each step is a verb of the command line, printed before it runs, so the
 same command goes on where it was cut off. OUT/methods/benchmark.json, .md and .png hold the result, and `--publish` copies the
@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.igg import CTF_TABLE, SHARED
+from spire_dist.comparison.methods import RIVALS, Rival, choose_methods
 
 EXPERIMENTS = Path(__file__).parent / "experiments"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -33,12 +34,15 @@ def main(
     models: Annotated[Path, typer.Option(help="Folder of the structures that experiments name.")] = SHARED / "models",
     ctf_table: Annotated[Path, typer.Option(help=".npy of CTF rows to draw from.")] = CTF_TABLE,
     cryodrgn: Annotated[Path | None, typer.Option(help="Python of an environment with cryoDRGN [not run].")] = None,
+    recovar: Annotated[Path | None, typer.Option(help="Python of an environment with RECOVAR [not run].")] = None,
     threads: Annotated[int, typer.Option(help="Threads of every method; 0: all cores.")] = 0,
     publish: Annotated[bool, typer.Option(help="Copy table and picture to docs/results/ and docs/images/.")] = False,
 ) -> None:
     """Run an experiment, or go on with it."""
     experiment = read_experiment(name)
-    for words in commands(experiment, out, models, ctf_table, cryodrgn, threads):
+    given = {"cryodrgn": cryodrgn, "recovar": recovar}
+    pythons = {program: python for program, python in given.items() if python is not None}
+    for words in commands(experiment, out, models, ctf_table, pythons, threads):
         print(shlex.join(["spire-dist", *words]), flush=True)
         code = subprocess.run([sys.executable, "-m", "spire_dist.cli", *words], check=False).returncode
         if code:  # the verb has said why
@@ -57,7 +61,7 @@ def read_experiment(name: str) -> dict[str, Any]:
 
 
 def commands(
-    experiment: dict[str, Any], out: Path, models: Path, ctf_table: Path, cryodrgn: Path | None, threads: int
+    experiment: dict[str, Any], out: Path, models: Path, ctf_table: Path, pythons: Mapping[str, Path], threads: int
 ) -> Iterator[list[str]]:
     """The words of every verb in turn; of a rival only where it can run."""
     data, structures = out / "data", experiment["models"]
@@ -67,11 +71,11 @@ def commands(
         yield ["simulate", str(data), *options, *(f"--model={file}" for file in files), f"--ctf-table={ctf_table}"]
     settings = [f"--set={setting}" for setting in (*experiment.get("settings", ()), f"threads={threads}")]
     for part in experiment["benchmark"]:
-        rival = part["methods"].startswith("cryodrgn")
-        if rival and cryodrgn is None:
+        programs = {m.program for m in choose_methods(part["methods"].split(","), RIVALS) if isinstance(m, Rival)}
+        if not programs <= pythons.keys():
             continue
         how = [f"--{key}={value}" for key, value in part.items()]
-        there = [f"--cryodrgn={cryodrgn}"] if rival else []
+        there = [f"--{program}={pythons[program]}" for program in sorted(programs)]
         yield ["benchmark", str(data), f"--out={out / 'methods'}", *settings, *how, *there]
 
 

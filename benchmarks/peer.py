@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from spire_dist.comparison import rivals
-from spire_dist.comparison.rivals import environment, epoch_seconds
+from spire_dist.comparison import programs
+from spire_dist.comparison.cryodrgn import epoch_seconds
+from spire_dist.comparison.programs import environment
 from spire_dist.errors import ConfigError
 
 NETWORK = ("--zdim", "4", "-b", "16", "--enc-dim", "256", "--dec-dim", "256", "--no-amp")
@@ -25,7 +26,7 @@ EPOCHS = 2
 def versions(python: Path) -> str:
     """What is compared with. Raises typer.BadParameter where the environment of `python` has none."""
     try:
-        return rivals.versions(python)
+        return programs.versions("cryodrgn", python)
     except ConfigError as error:
         raise typer.BadParameter(f"--peer-python {error}") from error
 

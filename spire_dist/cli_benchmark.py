@@ -28,6 +28,9 @@ def benchmark(
     cryodrgn: Annotated[
         Path | None, typer.Option(help="Python of an environment with cryoDRGN, which then is compared with too.")
     ] = None,
+    recovar: Annotated[
+        Path | None, typer.Option(help="The same for RECOVAR, whose maps take long without a GPU.")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of cryoDRGN.")] = 20,
     minutes: Annotated[
         float | None, typer.Option(help="Instead: as many whole epochs as fit in, by the time of its first.")
@@ -42,11 +45,13 @@ def benchmark(
     from spire_dist.comparison.layout import find_particles
     from spire_dist.comparison.methods import choose_methods, read_seeds
 
-    chosen = choose_methods(methods.split(",") if methods else None, with_rivals=cryodrgn is not None)
+    given = {"cryodrgn": cryodrgn, "recovar": recovar}
+    pythons = {name: python for name, python in given.items() if python is not None}
+    chosen = choose_methods(methods.split(",") if methods else None, pythons)
     numbers = read_seeds(seeds)
     files = find_particles(data, particles)
     setting = Setting(
-        data, out, out / "store", preset, settings or (), conformations, images, files, cryodrgn, epochs, minutes
+        data, out, out / "store", preset, settings or (), conformations, images, files, pythons, epochs, minutes
     )
     check(setting, chosen)
     poses, ctf = (files.poses or (), files.ctf) if files.needs_pickles else ((), None)

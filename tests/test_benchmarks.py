@@ -22,7 +22,7 @@ from benchmarks.scaling import Costs, step_seconds
 from benchmarks.step import times
 from benchmarks.tables import table
 from spire_dist import cli
-from spire_dist.comparison.methods import Own, choose_methods
+from spire_dist.comparison.methods import RIVALS, Own, choose_methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -222,7 +222,11 @@ def test_ranks_that_send_for_nothing_take_their_part_of_a_step_and_others_what_t
 def test_an_experiment_makes_its_set_and_then_compares_methods_that_exist(name: str, tmp_path: Path):
     verbs = typer.main.get_command(cli.app)
     experiment = leaderboard.read_experiment(name)
-    found = list(leaderboard.commands(experiment, tmp_path, Path("models"), Path("ctf.npy"), Path("python"), 1))
+    found = list(
+        leaderboard.commands(
+            experiment, tmp_path, Path("models"), Path("ctf.npy"), dict.fromkeys(RIVALS, Path("python")), 1
+        )
+    )
     assert [words[0] for words in found] == ["simulate"] + ["benchmark"] * len(experiment["benchmark"])
     for words in found:
         given = verbs.commands[words[0]].make_context(words[0], words[1:], resilient_parsing=True).params  # pyright: ignore
@@ -231,11 +235,11 @@ def test_an_experiment_makes_its_set_and_then_compares_methods_that_exist(name: 
             assert len(given["model"]) == len(experiment["models"]["names"])
         else:
             assert given["seeds"]
-            for method in choose_methods(given["methods"].split(","), with_rivals=True):
+            for method in choose_methods(given["methods"].split(","), RIVALS):
                 if isinstance(method, Own):
                     method.config(tmp_path, "demo", given["settings"], seed=0)
-    without = list(leaderboard.commands(experiment, tmp_path, Path("models"), Path("ctf.npy"), None, 1))
-    assert not any("cryodrgn" in word for words in without for word in words)
+    without = list(leaderboard.commands(experiment, tmp_path, Path("models"), Path("ctf.npy"), {}, 1))
+    assert not any(program in word for words in without for word in words for program in RIVALS)
 
 
 def test_what_is_published_of_an_experiment_tells_no_places(tmp_path: Path):

@@ -5,21 +5,24 @@ OUT/benchmark.*    .json, .md and .png of all runs in OUT that were scored in th
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from spire_dist.comparison.cryodrgn import load_cryodrgn, train_cryodrgn
 from spire_dist.comparison.layout import ParticleFiles
 from spire_dist.comparison.leaderboard import STAGE_1, write_leaderboard
 from spire_dist.comparison.machine import describe_machine
 from spire_dist.comparison.methods import Method, Own, Rival
 from spire_dist.comparison.moments import keeping_saves, moments
-from spire_dist.comparison.rivals import Program, find_program, load_rival, train_rival
+from spire_dist.comparison.programs import RivalModel, find_program
+from spire_dist.comparison.recovar import load_recovar, train_recovar
 from spire_dist.config import RunConfig, load_config
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError
@@ -53,10 +56,10 @@ class Setting:
     """About how many images the per-image score takes."""
     files: ParticleFiles
     """The set's own, for rivals."""
-    cryodrgn: Path | None
-    """The Python of an environment with it."""
+    pythons: Mapping[str, Path]
+    """Of environments with rivals, by the name of the program."""
     epochs: int
-    """Of rivals, unless `minutes` says how long they may train."""
+    """Of cryoDRGN, unless `minutes` says how long it may train."""
     minutes: float | None
 
     @property
@@ -93,7 +96,7 @@ def check(setting: Setting, methods: Sequence[Method]) -> None:
         if isinstance(method, Own):
             method.config(setting.store, setting.preset, setting.settings, seed=0)
         else:
-            _program(setting)
+            find_program(method.program, setting.pythons[method.program], threads=1)
 
 
 def read_scores(setting: Setting) -> list[dict]:
@@ -152,33 +155,32 @@ def _score(setting: Setting, model: Scorable, whole: bool = True) -> dict:
 
 
 def _rival(setting: Setting, method: Rival, run: Path, seed: int) -> dict | None:
-    """The same of a rival: as it ended, and at the end of some earlier epochs."""
-    program, store = _program(setting), ParticleStore.open(setting.store)
-    seconds = train_rival(
-        program, method, setting.files, store, run, seed=seed, epochs=setting.epochs, minutes=setting.minutes
-    )
-    known, last = read_json(run / SCORE), len(seconds)
-    if known.get("asked") == setting.asked and known["settings"]["epochs"] == last:
-        return None
-    points = [
-        {
-            "at": f"epoch {epoch}",
-            "training_s": sum(seconds[:epoch]),
-            "result": _score(setting, load_rival(program, run, epoch, store), whole=epoch == last),
-        }
-        for epoch in sorted({1, last // 4, last // 2, last} - {0})
-    ]
-    settings = {"program": program.version, "epochs": last, "options": method.options}
-    final = points.pop()
-    return (
-        {"machine": describe_machine(program.threads), "images": store.count, "settings": settings}
-        | final
-        | {"earlier": points}
-    )
-
-
-def _program(setting: Setting) -> Program:
-    """CryoDRGN on as many threads as ours."""
-    assert setting.cryodrgn is not None  # `choose_methods`
+    """The same of a rival."""
+    # on as many threads as ours
     threads = load_config(preset=setting.preset, overrides=list(setting.settings)).threads or cores()
-    return find_program(setting.cryodrgn, threads)
+    program = find_program(method.program, setting.pythons[method.program], threads)
+    store, files = ParticleStore.open(setting.store), setting.files
+    settings: dict[str, Any] = {"program": program.version, "options": method.options}
+    points: list[tuple[str, float, Callable[[], RivalModel]]]
+    if method.program == "cryodrgn":
+        seconds = train_cryodrgn(
+            program, method, files, store, run, seed=seed, epochs=setting.epochs, minutes=setting.minutes
+        )
+        last = settings["epochs"] = len(seconds)
+        points = [
+            (f"epoch {epoch}", sum(seconds[:epoch]), partial(load_cryodrgn, program, run, epoch, store))
+            for epoch in sorted({1, last // 4, last // 2, last} - {0})
+        ]
+    else:
+        truth = open_truth(setting.data, store.box, store.pixel_size)
+        took = train_recovar(program, method, files, truth, store, run, seed=seed)
+        points = [("end", took, partial(load_recovar, program, run, store))]
+    known = read_json(run / SCORE)
+    if known.get("asked") == setting.asked and known["settings"] == settings:
+        return None
+    *earlier, final = [
+        {"at": at, "training_s": when, "result": _score(setting, load(), whole=at == points[-1][0])}
+        for at, when, load in points
+    ]
+    about = {"machine": describe_machine(threads), "images": store.count, "settings": settings}
+    return about | final | {"earlier": earlier}

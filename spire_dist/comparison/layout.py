@@ -25,6 +25,14 @@ class ParticleFiles:
         """Whether the particle file says nothing of poses and CTFs."""
         return self.particles.suffix.lower() != ".star"
 
+    def pickles(self, rival: str) -> tuple[Path, Path]:
+        """Those of poses and CTFs, which a rival cannot do without. Raises SourceError."""
+        if self.poses is None or self.ctf is None:
+            raise SourceError(
+                f"{self.particles}: combined_poses.pkl and combined_ctfs.pkl are not both there; {rival} needs them"
+            )
+        return self.poses, self.ctf
+
 
 def find_particles(data: Path, particles: Path | None = None) -> ParticleFiles:
     """The particle files of a set; `particles` names the file where there are several. Raises SourceError."""

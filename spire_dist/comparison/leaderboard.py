@@ -131,7 +131,8 @@ def settings_lines(scores: Sequence[dict]) -> Iterator[str]:
     for name in dict.fromkeys(score["method"] for score in scores):
         settings = next(score["settings"] for score in scores if score["method"] == name)
         if "stage1" not in settings:
-            yield f"- {labels[name]}: {settings['program']}, {settings['epochs']} epoch(s), `{' '.join(settings['options'])}`"
+            epochs = f", {settings['epochs']} epoch(s)" if "epochs" in settings else ""
+            yield f"- {labels[name]}: {settings['program']}{epochs}, `{' '.join(settings['options'])}`"
             continue
         first, second, latent = (settings[section] for section in ("stage1", "stage2", "latent"))
         yield (

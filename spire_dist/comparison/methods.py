@@ -2,7 +2,7 @@
 
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,9 +11,28 @@ from typing import Any
 from spire_dist.config import RunConfig, load_config
 from spire_dist.errors import ConfigError
 
-INSTALL = (
-    "make an environment with it: python3 -m venv PEER && PEER/bin/pip install cryodrgn==4.3.1 torch==2.13.0, then give"
-)
+
+@dataclass(frozen=True)
+class RivalProgram:
+    """A program to compare with."""
+
+    label: str
+    packages: str
+    """What pip installs, with the versions that were tried."""
+    runs_on: str
+    """The package that does its arithmetic."""
+
+    @property
+    def install(self) -> str:
+        """What to do where it is missing."""
+        return f"make an environment with it: python3 -m venv PEER && PEER/bin/pip install {self.packages}, then give"
+
+
+RIVALS = {
+    "cryodrgn": RivalProgram("cryoDRGN", "cryodrgn==4.3.1 torch==2.13.0", "torch"),
+    "recovar": RivalProgram("RECOVAR", "recovar==0.4.5 torch==2.13.0", "jax"),
+}
+"""By the name of their console script."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +52,11 @@ class Own:
 
 @dataclass(frozen=True)
 class Rival:
-    """cryoDRGN with these options of its `train_vae`."""
+    """A program of `RIVALS` with these options of its training."""
 
     name: str
     label: str
+    program: str
     options: list[str]
 
 
@@ -50,23 +70,27 @@ def read_methods() -> dict[str, Method]:
         Own(name, row["label"], list(overrides(row.get("starting", {}))), list(overrides(row.get("fixed", {}))))
         for name, row in tables["own"].items()
     ]
-    rivals = [Rival(name, row["label"], row["options"]) for name, row in tables["rival"].items()]
+    rivals = [Rival(name, row["label"], row["program"], row["options"]) for name, row in tables["rival"].items()]
     return {method.name: method for method in (*own, *rivals)}
 
 
-def choose_methods(names: Sequence[str] | None, with_rivals: bool) -> list[Method]:
-    """The methods of these names; of none given all of ours, and the rivals too where they can run.
+def choose_methods(names: Sequence[str] | None, programs: Collection[str]) -> list[Method]:
+    """The methods of these names; of none given all of ours, and the rivals of `programs`, which can run.
 
     Raises ConfigError for a name that is not known, or for a rival that cannot run.
     """
     known = read_methods()
     if names is None:
-        return [method for method in known.values() if with_rivals or isinstance(method, Own)]
+        return [method for method in known.values() if isinstance(method, Own) or method.program in programs]
     for name in names:
         if name not in known:
             raise ConfigError(f"--methods {name}: no such method; choose among {','.join(known)}")
-        if isinstance(known[name], Rival) and not with_rivals:
-            raise ConfigError(f"--methods {name}: without --cryodrgn; {INSTALL} --cryodrgn PEER/bin/python")
+        method = known[name]
+        if isinstance(method, Rival) and method.program not in programs:
+            option = f"--{method.program}"
+            raise ConfigError(
+                f"--methods {name}: without {option}; {RIVALS[method.program].install} {option} PEER/bin/python"
+            )
     return [known[name] for name in dict.fromkeys(names)]
 
 

@@ -1,4 +1,4 @@
-"""The tiny set as the benchmark releases its own, and a stand-in for cryoDRGN that knows the truth."""
+"""The tiny set as the benchmark releases its own, and stand-ins for rivals that know the truth."""
 
 import shutil
 import sys
@@ -20,26 +20,43 @@ with open(here / "calls.jsonl", "a") as calls:
 value = lambda name: words[words.index(name) + 1]
 if (here / "fail").exists():
     sys.exit("out of memory")
+states = np.asarray(pickle.loads((truth / "gt_latents.pkl").read_bytes())).squeeze()
+z = np.random.default_rng(0).normal(0, 0.1, (len(states), 4)).astype(np.float32)
+z[np.arange(len(states)), states] += 5
+
+def write_maps(points, folder, name):
+    folder.mkdir(parents=True)
+    for number, point in enumerate(np.loadtxt(points).reshape(-1, 4)):
+        with mrcfile.new(folder / name.format(number)) as mrc:
+            mrc.set_data(mrcfile.read(truth / "vols" / "24_org" / f"{{point.argmax():03d}}.mrc"))
+            mrc.voxel_size = 1.0
+
+'''
+
+CRYODRGN = """
 if words[0] == "train_vae":
-    run, states = Path(value("-o")), np.asarray(pickle.loads((truth / "gt_latents.pkl").read_bytes())).squeeze()
+    run = Path(value("-o"))
     first = int(value("--load").split(".")[-2]) + 1 if "--load" in words else 1
-    (run / "config.yaml").write_text("{{}}")
-    z = np.random.default_rng(0).normal(0, 0.1, (len(states), 4)).astype(np.float32)
-    z[np.arange(len(states)), states] += 5
+    (run / "config.yaml").write_text("{}")
     for epoch in range(first, int(value("-n")) + 1):
-        print(f"(INFO) # =====> Epoch: {{epoch}} Average gen loss = 0.7; Finished in 0:00:02.000000", flush=True)
-        (run / f"weights.{{epoch}}.pkl").write_bytes(b"")
-        (run / f"z.{{epoch}}.pkl").write_bytes(pickle.dumps(z) + pickle.dumps(z))
+        print(f"(INFO) # =====> Epoch: {epoch} Average gen loss = 0.7; Finished in 0:00:02.000000", flush=True)
+        (run / f"weights.{epoch}.pkl").write_bytes(b"")
+        (run / f"z.{epoch}.pkl").write_bytes(pickle.dumps(z) + pickle.dumps(z))
         while (here / "hang").exists():
             time.sleep(0.05)
 else:
-    Path(value("-o")).mkdir()
-    for number, z in enumerate(np.loadtxt(value("--zfile")).reshape(-1, 4)):
-        volume = mrcfile.read(truth / "vols" / "24_org" / f"{{z.argmax():03d}}.mrc")
-        with mrcfile.new(Path(value("-o")) / f"vol_{{number:03d}}.mrc") as mrc:
-            mrc.set_data(volume)
-            mrc.voxel_size = float(value("--Apix"))
-'''
+    write_maps(value("--zfile"), Path(value("-o")), "vol_{:03d}.mrc")
+"""
+
+RECOVAR = """
+if words[0] == "pipeline":
+    model = Path(value("-o")) / "model"
+    model.mkdir(parents=True)
+    print("INFO pipeline - standard_recovar_pipeline: time to estimate noise is 1.5")
+    (model / "embeddings.pkl").write_bytes(pickle.dumps({"zs": {1: z[:, :1], 4: z}}))
+else:
+    write_maps(value("--latent-points"), Path(value("-o")) / "all_volumes", "vol{:04d}.mrc")
+"""
 
 
 @pytest.fixture
@@ -58,13 +75,26 @@ def released(tiny_truth: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def environment(name: str, works: str, truth: Path, folder: Path) -> Path:
+    """The Python of an environment whose program `name` is a stand-in."""
+    folder.mkdir()
+    # it knows its versions, and runs what else it is given
+    (folder / "python").write_text(
+        f"""#!/bin/sh\ncase "$2" in *importlib*) echo 0.0 0.0;; *) exec {sys.executable} "$@";; esac\n"""
+    )
+    (folder / name).write_text(STAND_IN.format(python=sys.executable, truth=str(truth)) + works)
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    return folder / "python"
+
+
 @pytest.fixture
 def stand_in(tiny_truth: Path, tmp_path: Path) -> Path:
     """The Python of an environment whose cryodrgn is the stand-in."""
-    folder = tmp_path / "peer"
-    folder.mkdir()
-    (folder / "python").write_text("#!/bin/sh\necho 'cryoDRGN 0.0 (torch 0.0)'\n")
-    (folder / "cryodrgn").write_text(STAND_IN.format(python=sys.executable, truth=str(tiny_truth)))
-    for name in ("python", "cryodrgn"):
-        (folder / name).chmod(0o755)
-    return folder / "python"
+    return environment("cryodrgn", CRYODRGN, tiny_truth, tmp_path / "peer")
+
+
+@pytest.fixture
+def recovar(tiny_truth: Path, tmp_path: Path) -> Path:
+    """The Python of an environment whose recovar is the stand-in."""
+    return environment("recovar", RECOVAR, tiny_truth, tmp_path / "recovar")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spire_dist.comparison.methods import Own, Rival, choose_methods, read_methods, read_seeds
+from spire_dist.comparison.methods import RIVALS, Own, Rival, choose_methods, read_methods, read_seeds
 from spire_dist.config import load_config, read_preset
 from spire_dist.errors import ConfigError
 
@@ -42,17 +42,19 @@ def test_what_makes_a_method_wins_over_the_users_setting_and_a_starting_value_do
 
 
 def test_methods_are_chosen_by_name_or_all_that_can_run(refusal):
-    assert [method.name for method in choose_methods(None, with_rivals=False)] == OWN
-    everything = choose_methods(None, with_rivals=True)
-    assert [method.name for method in everything if isinstance(method, Rival)] == ["cryodrgn-256x3", "cryodrgn-128x2"]
-    assert [method.name for method in choose_methods(["paper", "ours", "paper"], with_rivals=False)] == [
+    assert [method.name for method in choose_methods(None, ())] == OWN
+    everything = choose_methods(None, RIVALS)
+    assert [method.name for method in everything if isinstance(method, Rival)] == [
+        "cryodrgn-256x3",
+        "cryodrgn-128x2",
+        "recovar",
+    ]
+    assert [method.name for method in choose_methods(["paper", "ours", "paper"], ())] == [
         "paper",
         "ours",
     ]
-    refusal(ConfigError, ["outs", "ours,paper"], lambda: choose_methods(["outs"], with_rivals=True))
-    refusal(
-        ConfigError, ["cryodrgn-128x2", "--cryodrgn"], lambda: choose_methods(["cryodrgn-128x2"], with_rivals=False)
-    )
+    refusal(ConfigError, ["outs", "ours,paper"], lambda: choose_methods(["outs"], RIVALS))
+    refusal(ConfigError, ["cryodrgn-128x2", "--cryodrgn"], lambda: choose_methods(["cryodrgn-128x2"], ["recovar"]))
 
 
 def test_seeds_are_whole_numbers_once_each(refusal):

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from spire_dist.comparison.cryodrgn import epoch_seconds, load_cryodrgn, train_cryodrgn, whole_epochs
 from spire_dist.comparison.layout import find_particles
 from spire_dist.comparison.methods import Rival, read_methods
-from spire_dist.comparison.rivals import epoch_seconds, find_program, load_rival, train_rival, versions, whole_epochs
+from spire_dist.comparison.programs import find_program, versions
 from spire_dist.data.store import ParticleStore
 from spire_dist.errors import ConfigError, RunError, Stopped
 from spire_dist.results import fsc
@@ -28,12 +29,12 @@ assert isinstance(METHOD, Rival)
 @pytest.fixture
 def train(stand_in: Path, tiny_truth: Path, tiny_store: Path, tmp_path: Path):
     """Trains the stand-in in the same run directory at every call; returns the seconds of its epochs."""
-    program, store = find_program(stand_in, threads=1), ParticleStore.open(tiny_store)
+    program, store = find_program("cryodrgn", stand_in, threads=1), ParticleStore.open(tiny_store)
 
     def call(epochs: int = 1, minutes: float | None = None, seed: int = 0, sign: int = 1) -> list[float]:
         files = find_particles(tiny_truth)
         seen = dataclasses.replace(store, attributes=store.attributes | {"sign": {"applied": sign}})
-        return train_rival(program, METHOD, files, seen, tmp_path / "run", seed=seed, epochs=epochs, minutes=minutes)
+        return train_cryodrgn(program, METHOD, files, seen, tmp_path / "run", seed=seed, epochs=epochs, minutes=minutes)
 
     return call
 
@@ -46,7 +47,7 @@ def test_latents_in_the_order_of_the_input_and_maps_at_them_reach_the_ceiling(
     train, stand_in: Path, tiny_truth: Path, tiny_store: Path, tmp_path: Path
 ):
     train(2)
-    model = load_rival(find_program(stand_in, 1), tmp_path / "run", 2, ParticleStore.open(tiny_store))
+    model = load_cryodrgn(find_program("cryodrgn", stand_in, 1), tmp_path / "run", 2, ParticleStore.open(tiny_store))
     result, _ = score_maps(model, tiny_truth, images=20)
     for name in ("per_conformation/model_masked", "per_conformation/model_unmasked", "per_image/model_unmasked"):
         assert result["scores"][name]["mean"] == pytest.approx(fsc.ceiling(24), abs=1e-4)  # maps of float32
@@ -121,7 +122,9 @@ def test_a_process_that_outlived_its_caller_keeps_others_out(train, tmp_path: Pa
 
 
 def test_python_without_cryodrgn_is_told_how_to_get_it(refusal):
-    refusal(ConfigError, [sys.executable, "pip install cryodrgn==4.3.1"], lambda: versions(Path(sys.executable)))
+    refusal(
+        ConfigError, [sys.executable, "pip install cryodrgn==4.3.1"], lambda: versions("cryodrgn", Path(sys.executable))
+    )
 
 
 def test_epoch_seconds_are_read_from_the_log():
@@ -142,9 +145,12 @@ def test_epoch_seconds_are_read_from_the_log():
 def test_the_real_one_finds_the_molecule_with_the_right_sign_and_orientation(
     tiny_truth: Path, tiny_store: Path, tmp_path: Path
 ):
-    program, store = find_program(Path(os.environ["CRYODRGN_PYTHON"]), threads=1), ParticleStore.open(tiny_store)
+    program, store = (
+        find_program("cryodrgn", Path(os.environ["CRYODRGN_PYTHON"]), threads=1),
+        ParticleStore.open(tiny_store),
+    )
     files, run = find_particles(tiny_truth), tmp_path / "run"
-    assert len(train_rival(program, METHOD, files, store, run, seed=0, epochs=4, minutes=None)) == 4
-    result, _ = score_maps(load_rival(program, run, 4, store), tiny_truth, images=0)
+    assert len(train_cryodrgn(program, METHOD, files, store, run, seed=0, epochs=4, minutes=None)) == 4
+    result, _ = score_maps(load_cryodrgn(program, run, 4, store), tiny_truth, images=0)
     # 0.36 was measured; a map against its negative has 0.5 / 24 = 0.02, one that lies otherwise some 0.1
     assert result["scores"]["per_conformation/model_unmasked"]["mean"] > 0.3

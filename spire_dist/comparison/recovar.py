@@ -1,0 +1,100 @@
+"""RECOVAR beside ours (`programs`): `pipeline` finds mean, covariance and latents, `compute_state` makes the map at a point
+from the images nearest to it, which takes long without a GPU.
+
+Its licence forbids commercial use. Versions from 1.0 need a GPU: on a CPU, 1.0.5 puts the images into a grid of twice their
+box without scaling them, so that its maps show the molecule twice as large.
+
+RUN/result/        its own
+RUN/latents.npy    [N, L] of all images, in the order of the input file
+RUN/trained.json   seconds of the pipeline; there when it is through
+"""
+
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+
+from spire_dist import numpy_pickle
+from spire_dist.comparison.layout import ParticleFiles
+from spire_dist.comparison.methods import Rival
+from spire_dist.comparison.programs import Program, RivalModel, begin, in_rows, run_program
+from spire_dist.data.store import ParticleStore
+from spire_dist.errors import SourceError
+from spire_dist.files import replacing, write_json
+from spire_dist.maps import write_map
+from spire_dist.results.runs import read_json
+from spire_dist.results.truth import Truth
+from spire_dist.star import read_blocks
+
+LATENTS = (
+    "import pickle, sys, numpy; found = pickle.load(open(sys.argv[1], 'rb'))['zs']; "
+    "numpy.save(sys.argv[2], numpy.asarray(found[max(found)], numpy.float32))"
+)
+"""Run by its own Python: what it has pickled is not for ours to open. The most latent numbers that were asked for."""
+
+
+def train_recovar(
+    program: Program, method: Rival, files: ParticleFiles, truth: Truth, store: ParticleStore, run: Path, *, seed: int
+) -> float:
+    """Run its pipeline on the input of the store, from the beginning where it was stopped; returns the seconds it took.
+
+    It gets the mask of the set where there is one, else it makes one of its half-maps. Raises SourceError for what it cannot
+    use, RunError where the program fails, Stopped on request.
+    """
+    poses, ctf = files.pickles(method.label)
+    begin(run, {"options": method.options, "seed": seed, "particles": store.fingerprint, "version": program.version})
+    if trained := read_json(run / "trained.json"):
+        return trained["seconds"]
+    mask = truth.mask()
+    if mask is not None:
+        write_map(run / "mask.mrc", mask, store.pixel_size)
+    order = np.random.default_rng(seed).permutation(len(np.asarray(numpy_pickle.load(ctf))))
+    halves = [np.sort(order[half::2]) for half in (0, 1)]
+    with replacing(run / "halfsets.pkl") as path:
+        path.write_bytes(pickle.dumps(halves))
+    result = run / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    words = [
+        program.command, "pipeline", files.particles.resolve(), *_stack_folder(files.particles),
+        "--poses", poses.resolve(), "--ctf", ctf.resolve(), "--halfsets", (run / "halfsets.pkl").resolve(),
+        "--mask", "from_halfmaps" if mask is None else (run / "mask.mrc").resolve(),
+        *method.options, "--accept-cpu", "-o", result.resolve(),
+    ]  # fmt: skip
+    start = time.monotonic()
+    run_program(program, words, run, _steps_told)
+    seconds = time.monotonic() - start
+    embeddings = result / "model" / "embeddings.pkl"
+    run_program(program, [program.python, "-c", LATENTS, embeddings, run / "latents.npy"], run)
+    write_json(run / "trained.json", {"seconds": seconds})
+    return seconds
+
+
+def load_recovar(program: Program, run: Path, store: ParticleStore) -> RivalModel:
+    """What its pipeline found; all maps that are asked for at a time are made by one call of `compute_state`."""
+
+    def decode(points: Path, maps: Path, count: int) -> list[Path]:
+        words = [program.command, "compute_state", run / "result", "-o", maps, "--latent-points", points]
+        run_program(program, words, run, _steps_told)
+        return [maps / "all_volumes" / f"vol{number:04d}.mrc" for number in range(count)]
+
+    latents = np.load(run / "latents.npy")
+    return RivalModel(run, store, in_rows(latents, store, run), decode)
+
+
+def _stack_folder(particles: Path) -> list[str | Path]:
+    """The option that says where the stacks of a STAR file are: it takes their names without folders."""
+    if particles.suffix.lower() != ".star":
+        return []
+    names = read_blocks(particles, {"rlnImageName": tuple})["particles"]["rlnImageName"][:, 1]
+    folders = {(particles.parent / name).parent.resolve() for name in set(names)}
+    if len(folders) > 1:
+        raise SourceError(
+            f"{particles}: stacks in {len(folders)} folders; RECOVAR reads a STAR file whose stacks lie in one"
+        )
+    return ["--datadir", folders.pop()]
+
+
+def _steps_told(log: str) -> list[str]:
+    return [line.rsplit(" - ", 1)[-1] for line in log.splitlines() if "time to" in line or "computed in" in line]
