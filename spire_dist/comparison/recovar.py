@@ -1,8 +1,8 @@
 """RECOVAR beside ours (`programs`): `pipeline` finds mean, covariance and latents, `compute_state` makes the map at a point
 from the images nearest to it, which takes long without a GPU.
 
-Its licence forbids commercial use. Version 1.0.5 cannot be used on a CPU, where it puts the images into a grid of twice their box
-without scaling them, so that its mean shows the molecule twice as large.
+Its licence forbids commercial use. Version 1.0.5 cannot be used on a CPU, where it puts the images into a grid of twice their
+box without scaling them, so that its mean shows the molecule twice as large.
 
 RUN/result/        its own
 RUN/latents.npy    [N, L] of all images, in the order of the input file
