@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from spire_dist import numpy_pickle
 from spire_dist.comparison.layout import ParticleFiles
@@ -27,6 +28,16 @@ from spire_dist.maps import write_map
 from spire_dist.results.runs import read_json
 from spire_dist.results.truth import Truth
 from spire_dist.star import read_blocks
+
+CPU_GB = 3
+"""What it may count with where there is no GPU; it takes 80 GB for granted then. Its batches and the number of principal
+components go by it, 90 for 3 GB."""
+
+STATES = (
+    f"from recovar import utils; utils.GPU_MEMORY_LIMIT = {CPU_GB}; "
+    "from recovar.commands.compute_state import main; main()"
+)
+"""`recovar compute_state` with that bound, for which it has no option."""
 
 LATENTS = (
     "import pickle, sys, numpy; found = pickle.load(open(sys.argv[1], 'rb'))['zs']; "
@@ -60,7 +71,7 @@ def train_recovar(
         program.command, "pipeline", files.particles.resolve(), *_stack_folder(files.particles),
         "--poses", poses.resolve(), "--ctf", ctf.resolve(), "--halfsets", (run / "halfsets.pkl").resolve(),
         "--mask", "from_halfmaps" if mask is None else (run / "mask.mrc").resolve(),
-        *method.options, "--accept-cpu", "-o", result.resolve(),
+        *method.options, *([] if torch.cuda.is_available() else ["--gpu-gb", CPU_GB]), "--accept-cpu", "-o", result.resolve(),
     ]  # fmt: skip
     start = time.monotonic()
     run_program(program, words, run, _steps_told)
@@ -75,8 +86,8 @@ def load_recovar(program: Program, run: Path, store: ParticleStore) -> RivalMode
     """What its pipeline found; all maps that are asked for at a time are made by one call of `compute_state`."""
 
     def decode(points: Path, maps: Path, count: int) -> list[Path]:
-        words = [program.command, "compute_state", run / "result", "-o", maps, "--latent-points", points]
-        run_program(program, words, run, _steps_told)
+        start = [program.command, "compute_state"] if torch.cuda.is_available() else [program.python, "-c", STATES]
+        run_program(program, [*start, run / "result", "-o", maps, "--latent-points", points], run, _steps_told)
         return [maps / "all_volumes" / f"vol{number:04d}.mrc" for number in range(count)]
 
     latents = np.load(run / "latents.npy")

@@ -59,6 +59,16 @@ else:
 """
 
 
+PYTHON = """#!/bin/sh
+# It knows its versions, takes a verb with a bound on memory for the verb, and runs what else it is given.
+case "$2" in
+    *importlib*) echo 0.0 0.0;;
+    *compute_state*) shift 2; exec "$(dirname "$0")/recovar" compute_state "$@";;
+    *) exec {python} "$@";;
+esac
+"""
+
+
 @pytest.fixture
 def released(tiny_truth: Path, tmp_path: Path) -> Path:
     """`tiny_truth` laid out as CryoBench's sets are: a list of stacks and pickles, no STAR."""
@@ -78,10 +88,7 @@ def released(tiny_truth: Path, tmp_path: Path) -> Path:
 def environment(name: str, works: str, truth: Path, folder: Path) -> Path:
     """The Python of an environment whose program `name` is a stand-in."""
     folder.mkdir()
-    # it knows its versions, and runs what else it is given
-    (folder / "python").write_text(
-        f"""#!/bin/sh\ncase "$2" in *importlib*) echo 0.0 0.0;; *) exec {sys.executable} "$@";; esac\n"""
-    )
+    (folder / "python").write_text(PYTHON.format(python=sys.executable))
     (folder / name).write_text(STAND_IN.format(python=sys.executable, truth=str(truth)) + works)
     for path in folder.iterdir():
         path.chmod(0o755)
