@@ -31,7 +31,7 @@ from spire_dist.star import read_blocks
 
 CPU_GB = 3
 """What it may count with where there is no GPU; it takes 80 GB for granted then. Its batches and the number of principal
-components go by it, 90 for 3 GB."""
+components go by it, 90 for 3 GB; in truth it takes some 10 GB then."""
 
 STATES = (
     f"from recovar import utils; utils.GPU_MEMORY_LIMIT = {CPU_GB}; "
