@@ -34,16 +34,18 @@ CPU_GB = 3
 components go by it, 90 for 3 GB; at 64 px it then took 8.5 GB in truth."""
 
 STATES = (
-    f"from recovar import utils; utils.GPU_MEMORY_LIMIT = {CPU_GB}; "
+    "import sys; from recovar import utils; utils.GPU_MEMORY_LIMIT = int(sys.argv.pop(1)); "
     "from recovar.commands.compute_state import main; main()"
 )
-"""`recovar compute_state` with that bound, for which it has no option."""
+"""`recovar compute_state` with that bound as its first word: it has no option for it."""
 
 LATENTS = (
     "import pickle, sys, numpy; found = pickle.load(open(sys.argv[1], 'rb'))['zs']; "
-    "numpy.save(sys.argv[2], numpy.asarray(found[max(found)], numpy.float32))"
+    "most = max(size for size in found if not isinstance(size, str)); "
+    "numpy.save(sys.argv[2], numpy.asarray(found[most], numpy.float32))"
 )
-"""Run by its own Python: what it has pickled is not for ours to open. The most latent numbers that were asked for."""
+"""Run by its own Python: what it has pickled is not for ours to open. The most latent numbers that were asked for; beside
+them "8_noreg" and the like."""
 
 
 def train_recovar(
@@ -76,8 +78,6 @@ def train_recovar(
     start = time.monotonic()
     run_program(program, words, run, _steps_told)
     seconds = time.monotonic() - start
-    embeddings = result / "model" / "embeddings.pkl"
-    run_program(program, [program.python, "-c", LATENTS, embeddings, run / "latents.npy"], run)
     write_json(run / "trained.json", {"seconds": seconds})
     return seconds
 
@@ -86,12 +86,15 @@ def load_recovar(program: Program, run: Path, store: ParticleStore) -> RivalMode
     """What its pipeline found; all maps that are asked for at a time are made by one call of `compute_state`."""
 
     def decode(points: Path, maps: Path, count: int) -> list[Path]:
-        start = [program.command, "compute_state"] if torch.cuda.is_available() else [program.python, "-c", STATES]
+        start = (
+            [program.command, "compute_state"] if torch.cuda.is_available() else [program.python, "-c", STATES, CPU_GB]
+        )
         run_program(program, [*start, run / "result", "-o", maps, "--latent-points", points], run, _steps_told)
         return [maps / "all_volumes" / f"vol{number:04d}.mrc" for number in range(count)]
 
-    latents = np.load(run / "latents.npy")
-    return RivalModel(run, store, in_rows(latents, store, run), decode)
+    embeddings, path = run / "result" / "model" / "embeddings.pkl", run / "latents.npy"
+    run_program(program, [program.python, "-c", LATENTS, embeddings, path], run)
+    return RivalModel(run, store, in_rows(np.load(path), store, run), decode)
 
 
 def _stack_folder(particles: Path) -> list[str | Path]:

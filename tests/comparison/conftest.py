@@ -53,7 +53,7 @@ if words[0] == "pipeline":
     model = Path(value("-o")) / "model"
     model.mkdir(parents=True)
     print("INFO pipeline - standard_recovar_pipeline: time to estimate noise is 1.5")
-    (model / "embeddings.pkl").write_bytes(pickle.dumps({"zs": {1: z[:, :1], 4: z}}))
+    (model / "embeddings.pkl").write_bytes(pickle.dumps({"zs": {1: z[:, :1], 4: z, "4_noreg": 0 * z}}))
 else:
     write_maps(value("--latent-points"), Path(value("-o")) / "all_volumes", "vol{:04d}.mrc")
 """
@@ -63,7 +63,7 @@ PYTHON = """#!/bin/sh
 # It knows its versions, takes a verb with a bound on memory for the verb, and runs what else it is given.
 case "$2" in
     *importlib*) echo 0.0 0.0;;
-    *compute_state*) shift 2; exec "$(dirname "$0")/recovar" compute_state "$@";;
+    *compute_state*) shift 3; exec "$(dirname "$0")/recovar" compute_state "$@";;
     *) exec {python} "$@";;
 esac
 """
