@@ -1,6 +1,6 @@
 """`benchmark`: several methods on the very same images, one after another, each trained and scored alike.
 
-OUT/METHOD-SEED/   a run directory of ours, or a rival's (`rivals`), with score.json: what it took and what it reached
+OUT/METHOD-SEED/   a run directory of ours, or a rival's (`programs`), with score.json: what it took and what it reached
 OUT/benchmark.*    .json, .md and .png of all runs in OUT that were scored in this way, written after each (`leaderboard`)
 """
 
