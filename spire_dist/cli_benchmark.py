@@ -28,7 +28,7 @@ def benchmark(
     cryodrgn: Annotated[
         Path | None, typer.Option(help="Python of an environment with cryoDRGN, which then is compared with too.")
     ] = None,
-    recovar: Annotated[Path | None, typer.Option(help="The same for RECOVAR, which takes hours without a GPU.")] = None,
+    recovar: Annotated[Path | None, typer.Option(help="The same for RECOVAR, which is slow without a GPU.")] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of cryoDRGN.")] = 20,
     minutes: Annotated[
         float | None, typer.Option(help="Instead: as many whole epochs as fit in, by the time of its first.")

@@ -97,7 +97,7 @@ def test_stacks_in_several_folders_and_missing_pickles_are_refused(train, tiny_t
 def test_the_real_one_finds_the_molecule_with_the_right_sign_and_orientation(
     tiny_truth: Path, tiny_store: Path, tmp_path: Path, monkeypatch
 ):
-    # with more, its batches of images as small as these take 32 GB
+    # with more, its batches of images as small as these do not fit into memory
     monkeypatch.setattr("spire_dist.comparison.recovar.CPU_GB", 1)
     program, store = (
         find_program("recovar", Path(os.environ["RECOVAR_PYTHON"]), threads=1),
