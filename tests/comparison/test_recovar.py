@@ -93,6 +93,7 @@ def test_stacks_in_several_folders_and_missing_pickles_are_refused(train, tiny_t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it compiles for minutes, and takes one to two for a map
 @pytest.mark.skipif("RECOVAR_PYTHON" not in os.environ, reason="RECOVAR_PYTHON names no environment with RECOVAR")
 def test_the_real_one_finds_the_molecule_with_the_right_sign_and_orientation(
     tiny_truth: Path, tiny_store: Path, tmp_path: Path, monkeypatch
