@@ -310,7 +310,7 @@ def slurm_lab(nodes: int, *, walled: bool = False, node_timeout_s: int = 10, mor
         guard.wait()
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0, told: Callable[[], str] = str) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0, told: Callable[[], str] = str) -> None:
     """Look every tenth of a second; `told` is called for the message of the failure."""
     deadline = time.monotonic() + timeout_s
     while not condition():

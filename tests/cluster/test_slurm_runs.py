@@ -116,6 +116,9 @@ def test_a_job_at_its_time_limit_saves_and_goes_on(slurm, config, alone, tmp_pat
         rank.resume()
     wait_until(lambda: status(run)["state"] == "stopped", told=lambda: f"{lives(run)}\n{log(run, job)}\n{slurm.log()}")
     left = saved(run)
+    slurm.wait(job, "RUNNING", restarts=1)
+    slurm.output("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # a busy machine needs more than this minute
+    assert slurm.show(job)["TimeLimit"] == "00:30:00"
     has_ended_like(slurm, job, run, alone, restarts=1)
     assert starts(run, job) == [left]
     assert lives(run)[0]["code"] == 75

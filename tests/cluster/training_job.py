@@ -129,7 +129,7 @@ def has_ended_like(lab: Lab, job: str, run: Path, alone: Path, restarts: int) ->
     """The job is done, was started again so often, and made what the run that was left alone made, step by step."""
     shown = lab.wait(job, "COMPLETED", "FAILED", "CANCELLED", restarts=restarts, timeout_s=300)
     assert (shown["JobState"], shown["ExitCode"]) == ("COMPLETED", "0:0"), log(run, job)
-    assert int(shown["Restarts"]) == restarts
+    assert int(shown["Restarts"]) == restarts, f"{lives(run)}\n{log(run, job)}"
     assert status(run)["state"] == "complete"
     assert [life["then"] for life in lives(run) if life["restart"] == restarts] == ["done"]
     assert losses(run) == losses(alone)
