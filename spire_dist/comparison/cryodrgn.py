@@ -63,7 +63,7 @@ def load_cryodrgn(program: Program, run: Path, epoch: int, store: ParticleStore)
     def decode(points: Path, maps: Path, count: int) -> list[Path]:
         checkpoint = [run / f"weights.{epoch}.pkl", "-c", run / "config.yaml", "--zfile", points, "-o", maps]
         numbered = ["--Apix", store.pixel_size, "--vol-start-index", 0]
-        run_program(program, [program.command, "eval_vol", *checkpoint, *numbered], run)
+        run_program(program, "eval_vol", [program.command, "eval_vol", *checkpoint, *numbered], run)
         return [maps / f"vol_{number:03d}.mrc" for number in range(count)]
 
     latents = np.asarray(numpy_pickle.load(run / f"z.{epoch}.pkl"), dtype=np.float32)
@@ -87,7 +87,7 @@ def _train_to(program: Program, start: Sequence[Any], run: Path, epochs: int) ->
     if done >= epochs:
         return
     load = ["--load", run.resolve() / f"weights.{done}.pkl"] if done else []
-    run_program(program, [*start, "-n", epochs, *load], run, _epochs_told)
+    run_program(program, "train_vae", [*start, "-n", epochs, *load], run, _epochs_told)
 
 
 def _epochs_told(log: str) -> list[str]:

@@ -119,10 +119,15 @@ def begin(run: Path, facts: dict[str, Any]) -> None:
 
 
 def run_program(
-    program: Program, words: Sequence[Any], run: Path, progress: Callable[[str], Sequence[str]] = lambda log: ()
+    program: Program,
+    command: str,
+    words: Sequence[Any],
+    run: Path,
+    progress: Callable[[str], Sequence[str]] = lambda log: (),
 ) -> None:
     """Run one of its commands to the end, all it says going to log.txt; it stops with this process.
 
+    command   what the words make it do, to tell of a failure
     progress  what the log holds that is worth telling, each said once
 
     Raises RunError with its last line where it fails or one is at work already, Stopped where a signal asked for it.
@@ -154,7 +159,7 @@ def run_program(
         raise Stopped(f"{run}: stopped; the same command goes on after what was whole")
     if process.returncode:
         said = read_log(run).strip().splitlines() or [""]
-        raise RunError(f"{path}: {program.name} {words[1]} failed ({process.returncode}): {said[-1][:300]}")
+        raise RunError(f"{path}: {program.name} {command} failed ({process.returncode}): {said[-1][:300]}")
 
 
 def read_log(run: Path) -> str:

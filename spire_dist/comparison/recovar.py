@@ -13,6 +13,7 @@ import pickle
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,11 +34,22 @@ CPU_GB = 3
 """What it may count with where there is no GPU; it takes 80 GB for granted then. Its batches and the number of principal
 components go by it, 90 for 3 GB; at 64 px it then took 8.5 GB in truth."""
 
-STATES = (
-    "import sys; from recovar import utils; utils.GPU_MEMORY_LIMIT = int(sys.argv.pop(1)); "
-    "from recovar.commands.compute_state import main; main()"
-)
-"""`recovar compute_state` with that bound as its first word: it has no option for it."""
+RUN = """
+import importlib, sys
+from recovar import output, utils
+command, bound = sys.argv[1:3]
+sys.argv[:3] = [command]
+utils.GPU_MEMORY_LIMIT = float(bound) or None
+save = output.save_covar_output_volumes
+def save_those_there_are(folder, mean, components, *rest, **named):
+    save(folder, mean, components, *rest, us_to_save=min(50, components.shape[-1]), **named)
+output.save_covar_output_volumes = save_those_there_are
+output.standard_pipeline_plots = lambda *given: None
+importlib.import_module("recovar.commands." + command).main()
+"""
+"""Its command of the first word, with the second as its bound on memory (0: none). `compute_state` has no option for that,
+and `pipeline` writes and draws fifty components, of which it has only thirty with `--very-low-memory-option`, and fails at its
+end. Its plots are left out."""
 
 LATENTS = (
     "import pickle, sys, numpy; found = pickle.load(open(sys.argv[1], 'rb'))['zs']; "
@@ -70,13 +82,13 @@ def train_recovar(
     result = run / "result"
     shutil.rmtree(result, ignore_errors=True)
     words = [
-        program.command, "pipeline", files.particles.resolve(), *_stack_folder(files.particles),
+        *_its("pipeline", program), files.particles.resolve(), *_stack_folder(files.particles),
         "--poses", poses.resolve(), "--ctf", ctf.resolve(), "--halfsets", (run / "halfsets.pkl").resolve(),
         "--mask", "from_halfmaps" if mask is None else (run / "mask.mrc").resolve(),
-        *method.options, *([] if torch.cuda.is_available() else ["--gpu-gb", CPU_GB]), "--accept-cpu", "-o", result.resolve(),
+        *method.options, "--accept-cpu", "-o", result.resolve(),
     ]  # fmt: skip
     start = time.monotonic()
-    run_program(program, words, run, _steps_told)
+    run_program(program, "pipeline", words, run, _steps_told)
     seconds = time.monotonic() - start
     write_json(run / "trained.json", {"seconds": seconds})
     return seconds
@@ -86,15 +98,18 @@ def load_recovar(program: Program, run: Path, store: ParticleStore) -> RivalMode
     """What its pipeline found; all maps that are asked for at a time are made by one call of `compute_state`."""
 
     def decode(points: Path, maps: Path, count: int) -> list[Path]:
-        start = (
-            [program.command, "compute_state"] if torch.cuda.is_available() else [program.python, "-c", STATES, CPU_GB]
-        )
-        run_program(program, [*start, run / "result", "-o", maps, "--latent-points", points], run, _steps_told)
+        words = [*_its("compute_state", program), run / "result", "-o", maps, "--latent-points", points]
+        run_program(program, "compute_state", words, run, _steps_told)
         return [maps / "all_volumes" / f"vol{number:04d}.mrc" for number in range(count)]
 
     embeddings, path = run / "result" / "model" / "embeddings.pkl", run / "latents.npy"
-    run_program(program, [program.python, "-c", LATENTS, embeddings, path], run)
+    run_program(program, "latents", [program.python, "-c", LATENTS, embeddings, path], run)
     return RivalModel(run, store, in_rows(np.load(path), store, run), decode)
+
+
+def _its(command: str, program: Program) -> list[Any]:
+    """The words that start one of its commands, in place of its console script (`RUN`)."""
+    return [program.python, "-c", RUN, command, 0 if torch.cuda.is_available() else CPU_GB]
 
 
 def _stack_folder(particles: Path) -> list[str | Path]:

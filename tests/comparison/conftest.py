@@ -60,10 +60,10 @@ else:
 
 
 PYTHON = """#!/bin/sh
-# It knows its versions, takes a verb with a bound on memory for the verb, and runs what else it is given.
+# It takes a verb with a bound on memory for the verb, knows its versions, and runs what else it is given.
 case "$2" in
+    *recovar.commands*) verb="$3"; shift 4; exec "$(dirname "$0")/recovar" "$verb" "$@";;
     *importlib*) echo 0.0 0.0;;
-    *compute_state*) shift 3; exec "$(dirname "$0")/recovar" compute_state "$@";;
     *) exec {python} "$@";;
 esac
 """

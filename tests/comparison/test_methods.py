@@ -48,6 +48,7 @@ def test_methods_are_chosen_by_name_or_all_that_can_run(refusal):
         "cryodrgn-256x3",
         "cryodrgn-128x2",
         "recovar",
+        "recovar-small",
     ]
     assert [method.name for method in choose_methods(["paper", "ours", "paper"], ())] == [
         "paper",

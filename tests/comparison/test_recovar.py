@@ -19,8 +19,8 @@ from spire_dist.results import fsc
 from spire_dist.results.evaluate import score_maps
 from spire_dist.results.truth import open_truth
 
-METHOD = read_methods()["recovar"]
-assert isinstance(METHOD, Rival)
+METHODS = {name: method for name, method in read_methods().items() if isinstance(method, Rival)}
+METHOD = METHODS["recovar"]
 
 
 @pytest.fixture
@@ -95,8 +95,9 @@ def test_stacks_in_several_folders_and_missing_pickles_are_refused(train, tiny_t
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # it compiles for minutes, and takes one to two for a map
 @pytest.mark.skipif("RECOVAR_PYTHON" not in os.environ, reason="RECOVAR_PYTHON names no environment with RECOVAR")
+@pytest.mark.parametrize("name", ["recovar", "recovar-small"])
 def test_the_real_one_finds_the_molecule_with_the_right_sign_and_orientation(
-    tiny_truth: Path, tiny_store: Path, tmp_path: Path, monkeypatch
+    name: str, tiny_truth: Path, tiny_store: Path, tmp_path: Path, monkeypatch
 ):
     # with more, its batches of images as small as these do not fit into memory
     monkeypatch.setattr("spire_dist.comparison.recovar.CPU_GB", 1)
@@ -106,6 +107,6 @@ def test_the_real_one_finds_the_molecule_with_the_right_sign_and_orientation(
     )
     truth = open_truth(tiny_truth, store.box, store.pixel_size)
     run = tmp_path / "run"
-    assert train_recovar(program, METHOD, find_particles(tiny_truth), truth, store, run, seed=0) > 0
+    assert train_recovar(program, METHODS[name], find_particles(tiny_truth), truth, store, run, seed=0) > 0
     result, _ = score_maps(load_recovar(program, run, store), tiny_truth, images=0)
     assert result["scores"]["per_conformation/model_unmasked"]["mean"] > 0.3
