@@ -7,11 +7,13 @@ box without scaling them, so that its mean shows the molecule twice as large.
 RUN/result/        its own
 RUN/latents.npy    [N, L] of all images, in the order of the input file
 RUN/trained.json   seconds of the pipeline; there when it is through
+RUN/states/        maps by their point in latent space
 """
 
 import pickle
 import shutil
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +97,25 @@ def train_recovar(
 
 
 def load_recovar(program: Program, run: Path, store: ParticleStore) -> RivalModel:
-    """What its pipeline found; all maps that are asked for at a time are made by one call of `compute_state`."""
+    """What its pipeline found. The maps that are asked for at a time are made by one call of `compute_state`, but for those
+    that are there from before: without a GPU each takes minutes, so they are kept, also where it is stopped.
+    """
 
     def decode(points: Path, maps: Path, count: int) -> list[Path]:
+        lines = points.read_text().splitlines()
+        paths = [run / "states" / f"{sha256(line.encode()).hexdigest()[:16]}.mrc" for line in lines]
+        missing = {path: line for path, line in zip(paths, lines, strict=True) if not path.exists()}
+        if not missing:
+            return paths
+        points.write_text("".join(f"{line}\n" for line in missing.values()))
         words = [*_its("compute_state", program), run / "result", "-o", maps, "--latent-points", points]
-        run_program(program, "compute_state", words, run, _steps_told)
-        return [maps / "all_volumes" / f"vol{number:04d}.mrc" for number in range(count)]
+        try:
+            run_program(program, "compute_state", words, run, lambda log: _maps_told(maps, len(missing)))
+        finally:
+            (run / "states").mkdir(exist_ok=True)
+            for path, made in zip(missing, _finished(maps), strict=False):
+                made.rename(path)
+        return paths
 
     embeddings, path = run / "result" / "model" / "embeddings.pkl", run / "latents.npy"
     run_program(program, "latents", [program.python, "-c", LATENTS, embeddings, path], run)
@@ -123,6 +138,15 @@ def _stack_folder(particles: Path) -> list[str | Path]:
             f"{particles}: stacks in {len(folders)} folders; RECOVAR reads a STAR file whose stacks lie in one"
         )
     return ["--datadir", folders.pop()]
+
+
+def _finished(maps: Path) -> list[Path]:
+    """The maps that `compute_state` has made in this folder, in order; beside each it writes a last file when it is whole."""
+    return [path.with_name("locres_filtered.mrc") for path in sorted(maps.glob("vol*/params.pkl"))]
+
+
+def _maps_told(maps: Path, count: int) -> list[str]:
+    return [f"{number}/{count} map(s)" for number, _ in enumerate(_finished(maps), start=1)]
 
 
 def _steps_told(log: str) -> list[str]:

@@ -25,11 +25,15 @@ z = np.random.default_rng(0).normal(0, 0.1, (len(states), 4)).astype(np.float32)
 z[np.arange(len(states)), states] += 5
 
 def write_maps(points, folder, name):
-    folder.mkdir(parents=True)
     for number, point in enumerate(np.loadtxt(points).reshape(-1, 4)):
-        with mrcfile.new(folder / name.format(number)) as mrc:
+        path = folder / name.format(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with mrcfile.new(path) as mrc:
             mrc.set_data(mrcfile.read(truth / "vols" / "24_org" / f"{{point.argmax():03d}}.mrc"))
             mrc.voxel_size = 1.0
+        (path.parent / "params.pkl").touch()
+        while (here / "hang").exists():
+            time.sleep(0.05)
 
 '''
 
@@ -55,7 +59,7 @@ if words[0] == "pipeline":
     print("INFO pipeline - standard_recovar_pipeline: time to estimate noise is 1.5")
     (model / "embeddings.pkl").write_bytes(pickle.dumps({"zs": {1: z[:, :1], 4: z, "4_noreg": 0 * z}}))
 else:
-    write_maps(value("--latent-points"), Path(value("-o")) / "all_volumes", "vol{:04d}.mrc")
+    write_maps(value("--latent-points"), Path(value("-o")), "vol{:04d}/locres_filtered.mrc")
 """
 
 

@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from spire_dist.comparison.methods import Rival, read_methods
 from spire_dist.comparison.programs import find_program
 from spire_dist.comparison.recovar import load_recovar, train_recovar
 from spire_dist.data.store import ParticleStore
-from spire_dist.errors import RunError, SourceError
+from spire_dist.errors import RunError, SourceError, Stopped
 from spire_dist.maps import read_map
 from spire_dist.results import fsc
 from spire_dist.results.evaluate import score_maps
@@ -78,6 +81,35 @@ def test_a_failure_is_told_other_settings_refused_and_a_broken_result_made_again
     (tmp_path / "run" / "result" / "model").mkdir(parents=True)  # as a killed one leaves it
     train()
     refusal(RunError, ["seed 0", "now 1"], lambda: train(seed=1))
+
+
+def test_maps_that_were_made_before_it_was_stopped_are_not_made_again(
+    train, recovar: Path, tiny_truth: Path, tiny_store: Path, tmp_path: Path
+):
+    train()
+    model = load_recovar(find_program("recovar", recovar, 1), tmp_path / "run", ParticleStore.open(tiny_store))
+    points = np.eye(4, dtype=np.float32)[[2, 0, 2, 3]]
+    hang, states = recovar.parent / "hang", tmp_path / "run" / "states"
+    hang.touch()
+
+    def stop() -> None:
+        while not list((tmp_path / "run").glob(".maps-*/maps/vol0000/params.pkl")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Stopped, match="the same command goes on"):
+        list(model.volumes(points))
+    thread.join()
+    hang.unlink()
+    [first] = states.iterdir()
+    before = first.stat()
+    maps = list(model.volumes(points))
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert len(list(states.iterdir())) == 3  # one is wanted twice
+    for state, found in zip((2, 0, 2, 3), maps, strict=True):
+        np.testing.assert_array_equal(found, read_map(tiny_truth / "vols" / "24_org" / f"{state:03d}.mrc")[0])
 
 
 def test_stacks_in_several_folders_and_missing_pickles_are_refused(train, tiny_truth: Path, tmp_path: Path, refusal):
